@@ -1,0 +1,209 @@
+"""Property tests of the tensor functions, against formulas written with loops."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn.functional import cosine_similarity as torch_cosine
+
+from token_merge_plugin.merging import (
+    Assignment,
+    cosine_similarity,
+    distinctiveness,
+    follow,
+    match,
+    merge,
+    restore,
+    split,
+)
+
+settings.register_profile("tensors", deadline=None, max_examples=50)
+settings.load_profile("tensors")
+
+
+@st.composite
+def cases(draw):
+    """(tokens [B, T, C], size [B, T], score [B, T], keep), in double precision."""
+    batch, tokens, channels = draw(st.integers(1, 3)), draw(st.integers(2, 20)), draw(st.integers(1, 6))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    x = torch.randn(batch, tokens, channels, generator=generator, dtype=torch.double)
+    size = torch.randint(1, 9, (batch, tokens), generator=generator).double()
+    # Few distinct values, so that ties occur.
+    score = torch.randint(0, draw(st.integers(2, 50)), (batch, tokens), generator=generator).double()
+    return x, size, score, draw(st.integers(1, tokens - 1))
+
+
+def assign(x, size, score, keep):
+    similarity = cosine_similarity(x)
+    crucial, rest = split(score, keep)
+    return Assignment(crucial, rest, match(similarity, crucial, rest, size))
+
+
+@given(cases())
+def test_crucial_tokens_are_the_best_k_in_the_order_of_the_image(case):
+    x, _, score, keep = case
+    crucial, rest = split(score, keep)
+    for b in range(len(x)):
+        assert crucial[b].tolist() == sorted(crucial[b].tolist())
+        assert sorted(crucial[b].tolist() + rest[b].tolist()) == list(range(x.shape[1]))
+        assert len(crucial[b]) == keep
+        assert score[b, crucial[b]].min() >= score[b, rest[b]].max()
+
+
+@given(cases())
+def test_every_other_token_goes_to_the_crucial_token_most_similar_to_it(case):
+    crucial, rest, target = assign(*case)
+    x = case[0]
+    for b in range(len(x)):
+        for i, j in zip(rest[b], target[b], strict=True):
+            similarity = [torch_cosine(x[b, i], x[b, c], dim=0) for c in crucial[b]]
+            assert similarity[j] >= max(similarity) - 1e-12
+
+
+@given(cases())
+def test_merged_tokens_are_means_weighted_with_sizes(case):
+    x, size, score, keep = case
+    crucial, rest, target = assign(x, size, score, keep)
+    merged, merged_size = merge(x, size, Assignment(crucial, rest, target))
+    for b in range(len(x)):
+        for k in range(keep):
+            group = [crucial[b, k].item(), *rest[b][target[b] == k].tolist()]
+            weight = size[b, group]
+            torch.testing.assert_close(merged_size[b, k], weight.sum())
+            torch.testing.assert_close(merged[b, k], (weight[:, None] * x[b, group]).sum(0) / weight.sum())
+
+
+@given(cases())
+def test_sizes_sum_to_the_number_of_patches(case):
+    x, size, score, keep = case
+    _, merged_size = merge(x, size, assign(x, size, score, keep))
+    torch.testing.assert_close(merged_size.sum(1), size.sum(1))
+
+
+@given(cases())
+def test_the_weighted_sum_of_tokens_is_kept(case):
+    x, size, score, keep = case
+    merged, merged_size = merge(x, size, assign(x, size, score, keep))
+    torch.testing.assert_close((merged_size[:, :, None] * merged).sum(1), (size[:, :, None] * x).sum(1))
+
+
+@given(cases())
+def test_a_token_that_takes_no_other_is_left_exactly_as_it_is(case):
+    x, size, score, keep = case
+    x, size = x.float(), size.float()
+    assignment = assign(x, size, score, keep)
+    merged, _ = merge(x, size, assignment)
+    for b in range(len(x)):
+        for k in set(range(keep)) - set(assignment.target[b].tolist()):
+            assert torch.equal(merged[b, k], x[b, assignment.crucial[b, k]])
+
+
+@given(cases())
+def test_the_token_map_is_a_partition_that_agrees_with_the_sizes_over_several_merges(case):
+    x, _, score, keep = case
+    batch, patches, _ = x.shape
+    token_map = torch.arange(patches).expand(batch, -1)
+    size = torch.ones(batch, patches, dtype=torch.double)
+    for k in (keep, max(1, keep // 2)):
+        assignment = assign(x, size, score, k) if k < x.shape[1] else None
+        if assignment is None:
+            break
+        x, size = merge(x, size, assignment)
+        score = score.gather(1, assignment.crucial)
+        token_map = follow(token_map, assignment)
+        for b in range(batch):
+            assert token_map[b].bincount(minlength=k).tolist() == size[b].tolist()
+
+
+@given(cases())
+def test_restore_gives_each_patch_the_token_that_holds_it(case):
+    x, size, score, keep = case
+    assignment = assign(x, size, score, keep)
+    merged, _ = merge(x, size, assignment)
+    token_map = follow(torch.arange(x.shape[1]).expand(len(x), -1), assignment)
+    restored = restore(merged, token_map)
+    for b in range(len(x)):
+        for patch in range(x.shape[1]):
+            assert torch.equal(restored[b, patch], merged[b, token_map[b, patch]])
+
+
+@given(cases())
+def test_merging_equal_tokens_and_restoring_changes_nothing(case):
+    x, size, score, keep = case
+    x = torch.cat((x, 1 + x[:, :, :1] ** 2), dim=2)  # no two tokens parallel, even with one channel
+    copies = torch.arange(x.shape[1]) % keep
+    x = x[:, copies]
+    score[:, :keep] += 100
+    assignment = assign(x, size, score, keep)
+    merged, _ = merge(x, size, assignment)
+    token_map = follow(torch.arange(x.shape[1]).expand(len(x), -1), assignment)
+    torch.testing.assert_close(restore(merged, token_map), x)
+
+
+@given(cases())
+def test_of_equal_tokens_only_the_most_important_is_distinct(case):
+    x, _, score, keep = case
+    x = x[:, torch.arange(x.shape[1]) % keep]
+    distinct = distinctiveness(cosine_similarity(x), score) > 1e-9
+    for b in range(len(x)):
+        for twins in (range(k, x.shape[1], keep) for k in range(keep)):
+            assert sum(distinct[b, twin].item() for twin in twins) <= 1
+
+
+@given(cases())
+def test_distinctiveness_is_one_minus_the_similarity_to_the_closest_more_important_token(case):
+    x, _, score, _ = case
+    similarity = cosine_similarity(x)
+    result = distinctiveness(similarity, score)
+    for b in range(len(x)):
+        for i in range(x.shape[1]):
+            above = [j for j in range(x.shape[1]) if (-score[b, j], j) < (-score[b, i], i)]
+            expected = 1 - max((similarity[b, i, j].item() for j in above), default=-1)
+            assert result[b, i].item() == pytest.approx(expected)
+
+
+@given(cases())
+def test_an_image_does_not_depend_on_the_others_of_its_batch(case):
+    x, size, score, keep = case
+    together = merge(x, size, assign(x, size, score, keep))
+    for b in range(len(x)):
+        one = slice(b, b + 1)
+        alone = merge(x[one], size[one], assign(x[one], size[one], score[one], keep))
+        torch.testing.assert_close(alone[0], together[0][one])
+        assert torch.equal(alone[1], together[1][one])
+
+
+@given(cases())
+def test_padding_is_never_merged_into_a_real_token_and_takes_none(case):
+    x, size, score, keep = case
+    padding = torch.zeros_like(size, dtype=torch.bool)
+    padding[:, -max(1, x.shape[1] // 3) :] = True
+    size = size.masked_fill(padding, 0)
+    score = score.masked_fill(padding, -1)
+    assignment = assign(x, size, score, keep)
+    merged, merged_size = merge(x, size, assignment)
+    noise = torch.where(padding[:, :, None], x + 100, x)
+    merged_noise, _ = merge(noise, size, assignment)
+    real = merged_size > 0
+    assert torch.equal(merged[real], merged_noise[real])
+    taken = size.gather(1, assignment.crucial).gather(1, assignment.target)
+    real_rest = size.gather(1, assignment.rest) > 0
+    assert (taken[real_rest] > 0).all()
+
+
+@given(cases())
+def test_gradients_of_a_merge_agree_with_finite_differences(case):
+    x, size, score, keep = case
+    assignment = assign(x, size, score, keep)
+    token_map = follow(torch.arange(x.shape[1]).expand(len(x), -1), assignment)
+    assert torch.autograd.gradcheck(
+        lambda x: restore(merge(x, size, assignment)[0], token_map), (x[:, :, :2].clone().requires_grad_(),)
+    )
+
+
+def test_half_precision_does_not_overflow_where_many_large_tokens_merge():
+    x = torch.full((1, 200, 4), 60_000.0, dtype=torch.half)
+    size = torch.ones(1, 200)
+    merged, _ = merge(x, size, assign(x, size, torch.rand(1, 200), 1))
+    assert torch.isfinite(merged).all()
+    torch.testing.assert_close(merged.float(), torch.full((1, 1, 4), 60_000.0), rtol=2e-3, atol=0)

@@ -1,0 +1,384 @@
+"""`apply`, `remove` and the registry: what they refuse, and that a refusal changes nothing."""
+
+import threading
+
+import pytest
+import timm
+import torch
+from models import DEPTH, images, make
+from timm.layers import Attention
+from timm.models.vision_transformer import Block, VisionTransformer
+from torch import nn
+
+import token_merge_plugin
+from token_merge_plugin import (
+    ConfigError,
+    MergeConfig,
+    PatchStateError,
+    UnsupportedModelError,
+    apply,
+    register_adapter,
+    remove,
+    supported_models,
+)
+from token_merge_plugin.adapters import base, vit
+
+
+def classes(model):
+    return [type(module) for module in model.modules()]
+
+
+def refused(model, error, match, *args, **options):
+    """Assert that `apply` raises, and that the model is as it was: patched or not."""
+    before, attributes = classes(model), [sorted(vars(module)) for module in model.modules()]
+    with pytest.raises(error, match=match):
+        apply(model, *args, **options)
+    assert classes(model) == before
+    assert [sorted(vars(module)) for module in model.modules()] == attributes
+
+
+@pytest.mark.parametrize(
+    ("keep_rate", "options"),
+    [
+        (0, {}),
+        (float("nan"), {}),
+        ("0.7", {}),
+        ((0.7, 0.7), {}),
+        ({DEPTH: 0.7}, {}),
+        (0.7, {"stages": (0, DEPTH)}),
+        (0.7, {"importance": "class"}),
+        (0.7, {"no_such_option": 1}),
+    ],
+)
+def test_options_that_are_not_allowed_leave_the_model_as_it_was(keep_rate, options):
+    refused(make(), ConfigError, "keep_rate|Block|importance|option", keep_rate, **options)
+
+
+def test_a_refusal_leaves_a_patched_model_as_it_was_patched():
+    model = apply(make(), 0.5)
+    x = images(model)
+    expected = model(x)
+    place = model.blocks[1]._token_merge
+    refused(model, ConfigError, "Block 9 does not exist", {9: 0.5})
+    assert model.blocks[1]._token_merge is place
+    assert torch.equal(model(x), expected)
+
+
+def test_class_attention_without_a_class_token_is_refused():
+    refused(make("no class token, avg"), ConfigError, "needs a class token", 0.5, importance="class_attention")
+
+
+def test_class_attention_can_be_asked_for_where_the_class_token_is_not_read():
+    model = apply(make("class token, avg"), 0.5, importance="class_attention")
+    assert model(images(model)).shape == (2, 5)
+
+
+def test_a_model_that_is_not_served_is_refused_by_name_and_the_families_are_listed():
+    model = timm.create_model("resnet18")
+    refused(model, UnsupportedModelError, r"ResNet is no model that is served.*Families served: ViT and DeiT")
+
+
+def test_something_that_is_no_module_is_refused():
+    with pytest.raises(UnsupportedModelError, match="'vit' is a str"):
+        apply("vit")
+
+
+def test_a_model_without_blocks_is_refused():
+    model = make()
+    model.blocks = nn.Sequential()
+    refused(model, UnsupportedModelError, "no blocks")
+
+
+class OwnForward(Block):
+    def forward(self, x, attn_mask=None, is_causal=False):
+        return super().forward(x) * 2
+
+
+class OwnName(Block):
+    """Another name and no other forward."""
+
+
+class OwnAttention(Attention):
+    def forward(self, x, attn_mask=None, is_causal=False):
+        return x
+
+
+def test_a_block_with_its_own_forward_is_refused():
+    refused(make(block_fn=OwnForward), UnsupportedModelError, "OwnForward is no block .* forward of its own")
+
+
+def test_an_attention_layer_with_its_own_forward_is_refused():
+    refused(make(attn_layer=OwnAttention), UnsupportedModelError, "OwnAttention is no block or attention layer")
+
+
+def test_a_block_class_that_is_not_known_is_refused_even_if_only_one_is_of_it():
+    model = make()
+    model.blocks[DEPTH - 1] = nn.Identity()
+    refused(model, UnsupportedModelError, "Identity is no block")
+
+
+def test_a_block_with_a_part_that_is_not_known_is_refused():
+    model = make()
+    model.blocks[0].adapter = nn.Linear(32, 32)
+    refused(model, UnsupportedModelError, "parts that are not known here: adapter")
+
+
+def test_a_forward_replaced_on_the_instance_is_refused():
+    model = make()
+    model.blocks[2].forward = model.blocks[2].forward
+    refused(model, UnsupportedModelError, "was replaced on the instance")
+
+
+def test_a_subclass_without_its_own_forward_is_served():
+    model = apply(make(block_fn=OwnName), 0.5)
+    assert model(images(model)).shape == (2, 5)
+    remove(model)
+    assert type(model.blocks[2]) is OwnName
+
+
+def test_a_compiled_model_is_refused():
+    compiled = torch.compile(make())
+    refused(compiled, PatchStateError, "is compiled")
+    model = make()
+    model.compile()
+    refused(model, PatchStateError, "is compiled")
+
+
+def test_a_scripted_model_is_refused():
+    with pytest.warns(FutureWarning, match="deprecated"):
+        model = torch.jit.script(nn.Sequential(nn.Linear(2, 2)))
+    with pytest.raises(PatchStateError, match="scripted"):
+        apply(model, 0.5)
+
+
+@pytest.mark.parametrize("first", [None, 0.5])
+@pytest.mark.parametrize("call", [apply, remove])
+def test_a_model_in_the_middle_of_a_forward_pass_is_refused(first, call):
+    model = make()
+    if first:
+        apply(model, first)
+    x = images(model)
+    expected = model(x)
+    seen = []
+
+    def hook(*_):
+        with pytest.raises(PatchStateError, match="middle of a forward pass"):
+            call(model)
+        seen.append(True)
+
+    handle = model.blocks[2].register_forward_hook(hook)
+    assert torch.equal(model(x), expected)
+    assert seen
+    handle.remove()
+    call(model)  # and when it has returned, it works
+
+
+def test_a_forward_pass_in_another_thread_is_noticed():
+    model = make()
+    inside, go_on = threading.Event(), threading.Event()
+
+    def hook(*_):
+        inside.set()
+        go_on.wait(60)
+
+    model.blocks[0].register_forward_hook(hook)
+    thread = threading.Thread(target=model, args=(images(model),))
+    thread.start()
+    try:
+        assert inside.wait(60)
+        refused(model, PatchStateError, "middle of a forward pass")
+    finally:
+        go_on.set()
+        thread.join()
+
+
+def test_remove_without_apply_and_twice_is_without_effect():
+    model = make()
+    before = classes(model)
+    assert remove(model) is model
+    remove(remove(apply(model, 0.5)))
+    assert classes(model) == before
+
+
+def test_apply_again_plans_anew():
+    model = make()
+    x = images(model)
+    fresh = apply(make(), 0.5)(x)
+    assert torch.equal(apply(apply(model, 0.9), 0.5)(x), fresh)
+    assert type(model.blocks[1]).__mro__.count(vit.MergingBlock) == 1
+    before = classes(make())
+    assert classes(apply(model, 1.0)) == before
+
+
+def test_a_config_is_accepted_and_options_override_it():
+    model = make()
+    x = images(model)
+    config = MergeConfig(0.5, similarity="keys")
+    expected = apply(model, 0.5, similarity="keys", importance="uniform")(x)
+    assert torch.equal(apply(model, config, importance="uniform")(x), expected)
+
+
+def test_models_inside_a_larger_module_are_found():
+    class Wrapper(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.image, self.other, self.head = make(), make("no class token, avg"), nn.Linear(5, 2)
+
+        def forward(self, x):
+            return self.head(self.image(x) + self.other(x))
+
+    model = Wrapper()
+    x = torch.randn(2, 3, 32, 32)
+    expected = model(x)
+    apply(model, 0.5)
+    assert isinstance(model.image.blocks[3], vit.MergingBlock)
+    assert isinstance(model.other.blocks[3], vit.MergingBlock)
+    assert model(x).shape == (2, 2)
+    assert not torch.equal(model(x), expected)
+    assert torch.equal(remove(model)(x), expected)
+
+
+def test_features_only_models_keep_their_shapes():
+    model = timm.create_model("test_vit", features_only=True).eval()
+    x = torch.randn(1, 3, 160, 160)
+    shapes = [feature.shape for feature in model(x)]
+    assert [feature.shape for feature in apply(model, 0.5)(x)] == shapes
+
+
+def test_pruning_to_intermediate_layers_after_apply_restores_behind_the_new_last_block():
+    model = make()
+    x = images(model)
+    shape = model.forward_features(x).shape
+    apply(model, 0.5)
+    model.prune_intermediate_layers([2])
+    assert len(model.blocks) == 3
+    assert model.forward_features(x).shape == shape
+
+
+def test_blocks_taken_away_by_hand_are_noticed():
+    model = apply(make(), 0.5)
+    del model.blocks[-1]
+    with pytest.raises(PatchStateError, match="Apply again"):
+        model(images(model))
+    assert apply(model, 0.5)(images(model)).shape == (2, 5)
+
+
+def test_tokens_added_between_blocks_are_noticed():
+    model = apply(make(), 0.5)
+    model.blocks[1].register_forward_hook(lambda module, args, output: torch.cat((output, output[:, :1]), 1))
+    with pytest.raises(PatchStateError, match="no tokens added or taken away"):
+        model(images(model))
+
+
+def test_a_failed_forward_pass_leaves_nothing_behind():
+    model = apply(make(), 0.5)
+    x = images(model)
+    expected = model(x)
+
+    def fail(*_):
+        raise RuntimeError("on purpose")
+
+    handle = model.blocks[2].register_forward_hook(fail)
+    with pytest.raises(RuntimeError, match="on purpose"):
+        model(x)
+    handle.remove()
+    assert model._token_merge.plan.current() is None
+    assert torch.equal(model(x), expected)
+
+
+def test_a_block_called_on_its_own_is_an_unpatched_block():
+    model = make()
+    x = torch.randn(1, 10, 32)
+    expected = model.blocks[2](x)
+    apply(model, 0.5)
+    assert torch.equal(model.blocks[2](x), expected)
+
+
+def test_a_loop_over_the_blocks_restores_the_grid():
+    model = apply(make(), 0.5)
+    x = images(model)
+    tokens = model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(x))))
+    for block in model.blocks:
+        tokens = block(tokens)
+    torch.testing.assert_close(model.norm(tokens), model.forward_features(x))
+
+
+def test_supported_models_are_timms_names_of_the_families():
+    names = supported_models()
+    assert {"deit_small_patch16_224", "vit_base_patch16_224", "deit_tiny_distilled_patch16_224"} <= set(names)
+    assert "resnet18" not in names
+    assert names == sorted(names)
+
+
+def test_an_adapter_from_outside_the_package_serves_a_class_that_nobody_here_knows():
+    class Encoder(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.patches = nn.Linear(4, 16)
+            self.layers = nn.ModuleList(Block(16, 2) for _ in range(4))
+            self.seen = []
+
+        def forward(self, x):
+            x = self.patches(x)
+            for layer in self.layers:
+                x = layer(x)
+            return x
+
+        def forward_features(self, x):
+            return self(x)
+
+    model = Encoder().eval()
+    x = torch.randn(2, 20, 4)
+    refused(model, UnsupportedModelError, "Encoder is no model that is served")
+
+    @register_adapter(Encoder)
+    class EncoderAdapter(vit.VisionTransformerAdapter):
+        family = "encoders"
+        timm_modules = ()
+        model_mixin = base.PatchedModel
+
+        def blocks(self, model):
+            return list(model.layers)
+
+        def num_prefix_tokens(self, model):
+            return 0
+
+        def num_class_tokens(self, model):
+            return 0
+
+        def reads_class_tokens(self, model):
+            return False
+
+        def grid_size(self, model):
+            return None
+
+    try:
+        expected = model(x)
+        assert apply(model, 0.5)(x).shape == expected.shape
+        assert not torch.equal(model(x), expected)
+        assert torch.equal(remove(model)(x), expected)
+        assert "encoders" in [adapter.family for adapter in base.registered_adapters()]
+    finally:
+        del base._registry[Encoder]
+
+
+def test_the_nearest_registered_class_decides():
+    class Mine(VisionTransformer):
+        pass
+
+    @register_adapter(Mine)
+    class MineAdapter(vit.VisionTransformerAdapter):
+        family = "mine"
+
+    try:
+        assert isinstance(base.find_adapter(Mine(depth=1, embed_dim=8, num_heads=1)), MineAdapter)
+        assert not isinstance(base.find_adapter(make()), MineAdapter)
+    finally:
+        del base._registry[Mine]
+
+
+def test_every_error_of_the_package_has_the_common_base():
+    for name in token_merge_plugin.__all__:
+        thing = getattr(token_merge_plugin, name)
+        if isinstance(thing, type) and issubclass(thing, Exception):
+            assert issubclass(thing, token_merge_plugin.TokenMergeError)

@@ -1,0 +1,323 @@
+"""What adapters are made of: the registry, the `Adapter` base class, and mixins for models, blocks and attention.
+
+A module is patched by assigning it a subclass of its own class, made of one of the mixins and that class, and the
+attribute `_token_merge`. Hooks, parameters, `state_dict` keys and the module tree stay as they are, and the model
+compiles, exports and deep-copies like any other. (A wrapt proxy around a block or its forward does not: see
+`patching`.)
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, ClassVar, NamedTuple, TypeVar
+
+import torch
+from timm.models import checkpoint
+from torch import Tensor, nn
+
+from token_merge_plugin.attention import attention
+from token_merge_plugin.errors import PatchStateError, UnsupportedModelError
+from token_merge_plugin.reduction import reduce_tokens
+from token_merge_plugin.state import Evidence, Merged, Pass, Plan
+
+
+class Place(NamedTuple):
+    """Where a patched module stands: the attribute `_token_merge` of each of them."""
+
+    plan: Plan
+    block: int
+
+
+class Patched(nn.Module):
+    """Base of the mixins: a class made by `patched_class` pickles by the names of its two parts."""
+
+    _token_merge: Place
+    _token_merge_parts: ClassVar[tuple[type["Patched"], type[nn.Module]]]
+
+    def __reduce_ex__(self, protocol: Any) -> tuple:
+        state = super().__reduce_ex__(2)[2:]
+        return (_new_patched, type(self)._token_merge_parts, *state)
+
+
+_classes: dict[tuple[type[Patched], type[nn.Module]], type[nn.Module]] = {}
+
+
+def patched_class(mixin: type[Patched], original: type[nn.Module]) -> type[nn.Module]:
+    """Return the subclass of `original` that `mixin` patches, named after it: always the same one."""
+    key = (mixin, original)
+    if key not in _classes:
+        _classes[key] = _make_class(mixin, original)
+    return _classes[key]
+
+
+def _make_class(mixin: type[Patched], original: type[nn.Module]) -> type[nn.Module]:
+    body = {"_token_merge_parts": (mixin, original), "__module__": mixin.__module__, "__doc__": original.__doc__}
+    return type(f"TokenMerge{original.__name__}", (mixin, original), body)
+
+
+def _new_patched(mixin: type[Patched], original: type[nn.Module]) -> nn.Module:
+    cls = patched_class(mixin, original)
+    return cls.__new__(cls)
+
+
+class PatchedModel(Patched):
+    """Mixin for a vision transformer: watches the calls of its methods, and takes checkpointing over."""
+
+    def forward_features(self, *args: Any, **kwargs: Any) -> Any:
+        return self._call(super().forward_features, False, args, kwargs)  # type: ignore[misc]
+
+    def forward_intermediates(self, *args: Any, **kwargs: Any) -> Any:
+        return self._call(super().forward_intermediates, True, args, kwargs)  # type: ignore[misc]
+
+    def _call(self, method: Callable, keep_grid: bool, args: tuple, kwargs: dict) -> Any:
+        plan = self._token_merge.plan
+        outer = plan.open_edge(keep_grid)
+        try:
+            result = method(*args, **kwargs)
+            if plan.current() is not None and not keep_grid:
+                raise PatchStateError("The last block did not run: blocks were taken away since apply. Apply again.")
+            return result
+        finally:
+            plan.close_edge(outer)
+
+    @property
+    def grad_checkpointing(self) -> bool:
+        # timm would recompute a block alone, without the state of its pass: blocks do it themselves, and timm's own
+        # loop is told that there is nothing to do.
+        plan = self._token_merge.plan
+        return plan.checkpointing and plan.edge() is None
+
+    @grad_checkpointing.setter
+    def grad_checkpointing(self, enable: bool) -> None:
+        self.__dict__["grad_checkpointing"] = enable
+        self._token_merge.plan.checkpointing = enable
+
+
+class PatchedBlock(Patched):
+    """Mixin for a transformer block: reduces the tokens if it is a stage, and restores the grid if it is the last.
+
+    A family's mixin defines `stage_forward`; blocks that are no stage run their own forward, unless the family says
+    otherwise.
+    """
+
+    def stage_forward(self, x: Tensor, reduce: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> Tensor:
+        """Run the block, with x = reduce(x) between attention and MLP."""
+        raise NotImplementedError
+
+    def later_forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Run the block on merged tokens."""
+        return super().forward(x, *args, **kwargs)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        plan, block = self._token_merge
+        edge = plan.edge()
+        keep_grid = edge is not None and edge.keep_grid
+        if block == plan.first_block:
+            state = Pass(num_patches=x.shape[1] - plan.num_prefix_tokens)
+            plan.install(state)
+        else:
+            current = plan.current()
+            if current is None:  # called on its own, outside a pass
+                return super().forward(x, *args, **kwargs)
+            state = current
+            expected = state.num_patches if keep_grid or state.merged is None else state.merged.size.shape[1]
+            if x.shape[1] != plan.num_prefix_tokens + expected:
+                raise PatchStateError(
+                    f"Block {block} was given {x.shape[1]} tokens where the pass under way has "
+                    f"{plan.num_prefix_tokens + expected}. Token merging needs the blocks to follow one another, with "
+                    "no tokens added or taken away between them."
+                )
+        if keep_grid:
+            x = plan.take_tokens(state, x)
+        if plan.checkpointing and torch.is_grad_enabled():
+            x, state.merged = checkpoint(self._recompute, x, state.num_patches, state.merged, *args, **kwargs)
+        else:
+            x = self._run(state, x, *args, **kwargs)
+        if keep_grid or block == plan.last_block:
+            x = plan.restore(state, x)
+        if block == plan.last_block:
+            plan.install(None)
+        return x
+
+    def _run(self, state: Pass, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        plan, block = self._token_merge
+        if block in plan.schedule:
+            return self.stage_forward(x, lambda x: reduce_tokens(plan, state, x, block), *args, **kwargs)
+        return self.later_forward(x, *args, **kwargs)
+
+    def _recompute(
+        self, x: Tensor, num_patches: int, merged: Merged | None, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Merged | None]:
+        """Run the block from its arguments alone: in the backward pass, no other pass is under way."""
+        plan = self._token_merge.plan
+        state = Pass(num_patches, merged)
+        before = plan.install(state)
+        try:
+            return self._run(state, x, *args, **kwargs), state.merged
+        finally:
+            plan.install(before)
+
+
+class PatchedAttention(Patched):
+    """Mixin for an attention layer: counts each token by its size, and shows a stage what it needs to choose."""
+
+    def merged_forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Do what the layer's own forward does, but attend by `attend`."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        plan, block = self._token_merge
+        state = plan.current()
+        if state is None or (state.merged is None and block not in plan.schedule):
+            return super().forward(x, *args, **kwargs)
+        return self.merged_forward(x, *args, **kwargs)
+
+
+def attend(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    is_causal: bool = False,
+    *,
+    dropout: float = 0.0,
+    head_weight: Tensor | None = None,
+) -> Tensor:
+    """Attend in a patched module, with the sizes of the tokens counted, and note the evidence if it is a stage.
+
+    Args:
+        module: has `scale` and `fused_attn`, as timm's attention layers do.
+        query, key, value: [B, H, P + K, D]; see `attention.attention`.
+        attn_mask, is_causal: as the model was given them, for all patches.
+        dropout: probability of dropping an attention weight in training.
+        head_weight: [H]; see `importance.query_row_attention`.
+
+    Returns:
+        [B, H, P + K, D] of the value.
+    """
+    plan, block = module._token_merge
+    state = plan.current()
+    bias, counts_sizes = plan.bias(state, attn_mask, is_causal, query)
+    if block in plan.schedule:
+        state.evidence.append(Evidence(query, key, value, module.scale, bias, head_weight))
+    return attention(
+        query,
+        key,
+        value,
+        scale=module.scale,
+        bias=bias,
+        log_size=None if counts_sizes else plan.log_size(state),
+        dropout=dropout if module.training else 0.0,
+        fused=module.fused_attn,
+    )
+
+
+class Adapter:
+    """How one family of models is patched. Subclass it, and register the subclass with `register_adapter`.
+
+    Attributes:
+        family: name of the family, as `UnsupportedModelError` and the documentation list it.
+        timm_modules: names of the timm modules whose models it serves, such as "vision_transformer".
+        model_mixin: mixin for the model itself.
+    """
+
+    family: ClassVar[str]
+    timm_modules: ClassVar[tuple[str, ...]] = ()
+    model_mixin: ClassVar[type[PatchedModel]] = PatchedModel
+
+    def blocks(self, model: Any) -> list[nn.Module]:
+        """Return the model's blocks in their order."""
+        return list(model.blocks)
+
+    def num_prefix_tokens(self, model: Any) -> int:
+        """Return the number of tokens in front of the image tokens."""
+        return model.num_prefix_tokens
+
+    def num_class_tokens(self, model: Any) -> int:
+        """Return the number of class and distillation tokens, the first of the prefix tokens."""
+        return 0
+
+    def reads_class_tokens(self, model: Any) -> bool:
+        """Return whether the output is read from the class tokens, so that their attention says what matters."""
+        return False
+
+    def grid_size(self, model: Any) -> tuple[int, int] | None:
+        """Return (height, width) of the patch grid, or None where it depends on the image."""
+        return None
+
+    def mixins(self, block: Any) -> Iterator[tuple[nn.Module, type[Patched]]]:
+        """Yield the modules to patch in a block, itself included, each with its mixin.
+
+        Raises:
+            UnsupportedModelError: a part of the block is not known.
+        """
+        raise NotImplementedError
+
+
+def known_mixin(module: nn.Module, known: Mapping[type[nn.Module], type[Patched]]) -> type[Patched]:
+    """Return the mixin for a module whose forward is that of a known class.
+
+    Args:
+        module: a block or attention layer.
+        known: mixin of each known class. Its `parts`, names of child modules, are those that it knows how to run.
+
+    Raises:
+        UnsupportedModelError: the class, or a subclass's own forward, or a part of it, is not known.
+    """
+    cls = type(module)
+    names = ", ".join(c.__name__ for c in known)
+    if "forward" in vars(module):
+        raise UnsupportedModelError(
+            f"The forward of a {cls.__name__} was replaced on the instance, by another library's hook or patch. "
+            "Undo that first, and apply token merging before it."
+        )
+    for known_class, mixin in known.items():
+        if isinstance(module, known_class) and cls.forward is known_class.forward:
+            unknown = {name for name, _ in module.named_children()} - set(mixin.parts)  # type: ignore[attr-defined]
+            if unknown:
+                raise UnsupportedModelError(
+                    f"{cls.__name__} has parts that are not known here: {', '.join(sorted(unknown))}. "
+                    f"They might change what its forward does. Serve it with an adapter of your own: register_adapter."
+                )
+            return mixin
+    raise UnsupportedModelError(
+        f"{cls.__module__}.{cls.__name__} is no block or attention layer that is known here, or has a forward of its "
+        f"own. Known: {names}. Serve it with an adapter of your own: register_adapter."
+    )
+
+
+_registry: dict[type[nn.Module], Adapter] = {}
+
+AdapterClass = TypeVar("AdapterClass", bound=type[Adapter])
+
+
+def register_adapter(*model_classes: type[nn.Module]) -> Callable[[AdapterClass], AdapterClass]:
+    """Class decorator: serve these model classes, and their subclasses, with the decorated `Adapter`.
+
+    The nearest registered class in the order of inheritance decides, so a subclass can have its own adapter. A
+    later registration of the same class replaces the earlier one.
+
+    Example:
+        >>> @register_adapter(MyVisionTransformer)
+        ... class MyAdapter(VisionTransformerAdapter):
+        ...     family = "mine"
+    """
+
+    def register(adapter: AdapterClass) -> AdapterClass:
+        for model_class in model_classes:
+            _registry[model_class] = adapter()
+        return adapter
+
+    return register
+
+
+def find_adapter(model: nn.Module) -> Adapter | None:
+    """Return the adapter of the model's class, or None."""
+    for cls in type(model).__mro__:
+        if cls in _registry:
+            return _registry[cls]
+    return None
+
+
+def registered_adapters() -> list[Adapter]:
+    """Return every adapter, in the order of registration."""
+    return list(dict.fromkeys(_registry.values()))

@@ -1,0 +1,145 @@
+"""What the user may ask for: `MergeConfig`, its validation, and the way from keep rates to token counts."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from numbers import Integral, Real
+from typing import TypeAlias
+
+from token_merge_plugin.errors import ConfigError
+
+KeepRate: TypeAlias = float | Sequence[float] | Mapping[int, float]
+
+IMPORTANCE = ("auto", "class_attention", "mean_query", "uniform")
+SIMILARITY = ("tokens", "keys", "values")
+MULTI_SCALE = ("off", "importance", "descriptors")
+
+
+@dataclass(frozen=True)
+class MergeConfig:
+    """Options of `apply`; everything but `keep_rate` has a measured default.
+
+    Attributes:
+        keep_rate: share of the image tokens that each stage keeps, in (0, 1]: one float for every stage, a sequence
+            with one float a stage, or a mapping {block index: rate}, which also says where the stages are.
+        stages: indices of the blocks that reduce tokens; None for 1/4, 1/2 and 3/4 of the depth.
+        importance: how image tokens are scored. "class_attention": attention from the class token (and from DeiT's
+            distillation token), mean over heads. "mean_query": the attention that the mean of the queries pays,
+            for models that pool without a class token. "uniform": none, distinctiveness alone decides. "auto":
+            "class_attention" where the output is read from the class token, else "mean_query".
+        distinctiveness: weigh the importance of a token by how little it resembles a more important one.
+        similarity: descriptors that decide which crucial token takes a merged one: "tokens" (as they leave the
+            attention's residual), "keys" or "values".
+        multi_scale: where features of several scales of the patch grid are fused in: "off", "importance" or
+            "descriptors". They help to choose tokens; the tokens themselves stay as they are.
+        proportional_attention: attend to a merged token as often as to the patches it stands for (ToMe, Bolya et
+            al. 2023, section 3).
+
+    Raises:
+        ConfigError: an option has a value that is not allowed.
+    """
+
+    keep_rate: KeepRate = field(default=0.7, hash=False)
+    stages: Sequence[int] | None = None
+    importance: str = "auto"
+    distinctiveness: bool = True
+    similarity: str = "tokens"
+    multi_scale: str = "off"
+    proportional_attention: bool = True
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "keep_rate", _checked_keep_rate(self.keep_rate))
+        if self.stages is not None:
+            object.__setattr__(self, "stages", _checked_stages(self.stages))
+        if isinstance(self.keep_rate, Mapping) and self.stages is not None:
+            raise ConfigError("keep_rate is a mapping, which already names the blocks: leave stages out.")
+        if isinstance(self.keep_rate, tuple) and self.stages and len(self.keep_rate) != len(self.stages):
+            raise ConfigError(_wrong_number(self.keep_rate, self.stages))
+        for name, allowed in (("importance", IMPORTANCE), ("similarity", SIMILARITY), ("multi_scale", MULTI_SCALE)):
+            value = getattr(self, name)
+            if value not in allowed:
+                raise ConfigError(f"{name}={value!r} is not known. Choose one of {', '.join(map(repr, allowed))}.")
+        for name in ("distinctiveness", "proportional_attention"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name}={getattr(self, name)!r} is not a bool. Give True or False.")
+
+    @classmethod
+    def of(cls, keep_rate: "KeepRate | MergeConfig", **options: object) -> "MergeConfig":
+        """Return a config from what `apply` was given: a keep rate or a config, and options that override it."""
+        known = [f.name for f in fields(cls) if f.name != "keep_rate"]
+        for name in options:
+            if name not in known:
+                raise ConfigError(f"There is no option {name!r}. The options are {', '.join(known)}.")
+        if isinstance(keep_rate, MergeConfig):
+            return replace(keep_rate, **options)  # type: ignore[arg-type]
+        return cls(keep_rate, **options)  # type: ignore[arg-type]
+
+    def schedule(self, depth: int) -> dict[int, float]:
+        """Return {block index: keep rate} for a model of `depth` blocks, without the stages that keep everything.
+
+        Raises:
+            ConfigError: a block index does not exist, or the number of keep rates is not that of the stages.
+        """
+        if isinstance(self.keep_rate, Mapping):
+            rates = dict(self.keep_rate)
+        else:
+            stages = self.stages if self.stages is not None else default_stages(depth)
+            if isinstance(self.keep_rate, tuple):
+                if len(self.keep_rate) != len(stages):
+                    raise ConfigError(_wrong_number(self.keep_rate, stages))
+                rates = dict(zip(stages, self.keep_rate, strict=True))
+            else:
+                rates = dict.fromkeys(stages, self.keep_rate)  # type: ignore[arg-type]
+        for index in rates:
+            if index >= depth:
+                raise ConfigError(f"Block {index} does not exist: the model has {depth} blocks, 0 to {depth - 1}.")
+        return {index: rate for index, rate in sorted(rates.items()) if rate < 1}
+
+
+def default_stages(depth: int) -> tuple[int, ...]:
+    """Return the blocks at 1/4, 1/2 and 3/4 of the depth, as in the paper: 3, 6 and 9 of 12."""
+    return tuple(sorted({depth * quarter // 4 for quarter in (1, 2, 3)}))
+
+
+def tokens_kept(tokens: int, keep_rate: float) -> int:
+    """Return K = ceil(keep_rate * tokens), at least 1."""
+    # The subtrahend undoes float noise: 0.55 * 100 is a little more than 55.
+    return max(1, math.ceil(keep_rate * tokens - 1e-9))
+
+
+def _checked_keep_rate(keep_rate: object) -> float | tuple[float, ...] | dict[int, float]:
+    if isinstance(keep_rate, Mapping):
+        indices = _checked_stages(tuple(keep_rate), "keep_rate")
+        return {i: _checked_rate(rate) for i, rate in zip(indices, keep_rate.values(), strict=True)}
+    if isinstance(keep_rate, Sequence) and not isinstance(keep_rate, str | bytes):
+        return tuple(_checked_rate(rate) for rate in keep_rate)
+    return _checked_rate(keep_rate)
+
+
+def _checked_rate(rate: object) -> float:
+    if not isinstance(rate, Real) or isinstance(rate, bool):
+        raise ConfigError(
+            f"keep_rate={rate!r} is a {type(rate).__name__}. Give a number in (0, 1], a sequence of them (one a stage) "
+            "or a mapping {block index: number}."
+        )
+    if not 0 < float(rate) <= 1:  # also catches NaN
+        raise ConfigError(f"keep_rate={rate!r} is outside (0, 1]. 1.0 keeps every token, 0.7 is a good start.")
+    return float(rate)
+
+
+def _checked_stages(stages: object, option: str = "stages") -> tuple[int, ...]:
+    if not isinstance(stages, Sequence) or isinstance(stages, str | bytes):
+        raise ConfigError(f"{option}={stages!r} is not a sequence of block indices, such as (3, 6, 9).")
+    for index in stages:
+        if not isinstance(index, Integral) or isinstance(index, bool) or index < 0:
+            raise ConfigError(f"{option}: {index!r} is not a block index. Count blocks from 0.")
+    if len(set(stages)) != len(stages):
+        raise ConfigError(f"{option}={tuple(stages)} names a block twice.")
+    return tuple(int(index) for index in stages)
+
+
+def _wrong_number(rates: Sequence[float], stages: Sequence[int]) -> str:
+    return (
+        f"keep_rate has {len(rates)} numbers for {len(stages)} stages, at blocks {tuple(stages)}. "
+        "Give one number a stage, or choose the blocks with stages=..."
+    )

@@ -1,0 +1,77 @@
+"""Multiply-adds (MACs): counted from what really runs, and from a closed formula.
+
+Papers on vision transformers call these FLOPs: DeiT-S has 4.6 GMACs. As there, products of matrices and
+convolutions count; norms, activations, sums and sorting do not.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from token_merge_plugin.config import tokens_kept
+
+
+@torch.no_grad()
+def count_macs(model: nn.Module, images: Tensor) -> int:
+    """Return the multiply-adds per image of the model's forward pass, by torch's own counter.
+
+    Args:
+        model: patched or not. It is run once in eval mode, and left as it was.
+        images: [B, C, H, W]; one image is enough.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    # Detached, because the counter follows parameters into the backward pass, which fails on some models.
+    tensors = {name: p.detach() for name, p in model.named_parameters()}
+    model.eval()
+    try:
+        with FlopCounterMode(display=False) as counter:
+            torch.func.functional_call(model, tensors, (images,))
+    finally:
+        for module, training in modes:
+            module.training = training
+    return counter.get_total_flops() // 2 // len(images)
+
+
+def vit_macs(
+    *,
+    num_patches: int,
+    embed_dim: int,
+    depth: int,
+    schedule: Mapping[int, float] | None = None,
+    num_prefix_tokens: int = 1,
+    num_class_tokens: int = 1,
+    mlp_ratio: float = 4.0,
+    patch_dim: int = 3 * 16 * 16,
+    num_classes: int = 1000,
+) -> int:
+    """Return the multiply-adds per image of a plain ViT, patched with the default options, in closed form.
+
+    With T tokens of C channels, prefix tokens included, a block costs T (4 C^2 + 2 r C^2) for its matrices and
+    2 T^2 C for its attention. A stage compares N image tokens with each other (N^2 C), computes one row of attention
+    a class token (T C), and merges M of them into K (K M C).
+
+    Args:
+        num_patches: image tokens at the input.
+        embed_dim: C.
+        depth: number of blocks.
+        schedule: {block index: keep rate}, as `MergeConfig.schedule` returns it; none for the unpatched model.
+        num_prefix_tokens: tokens that are never merged.
+        num_class_tokens: query rows of the importance; 1 without a class token, for the mean query.
+        mlp_ratio: r, hidden channels of the MLP to C.
+        patch_dim: numbers in a patch: channels times patch height times patch width.
+        num_classes: outputs of the head, which reads one token.
+    """
+    schedule = schedule or {}
+    macs = num_patches * patch_dim * embed_dim + embed_dim * num_classes
+    patches = num_patches
+    for block in range(depth):
+        tokens = num_prefix_tokens + patches
+        macs += 4 * tokens * embed_dim**2 + 2 * tokens**2 * embed_dim
+        keep = tokens_kept(patches, schedule.get(block, 1.0))
+        if keep < patches:
+            macs += patches**2 * embed_dim + num_class_tokens * tokens * embed_dim + keep * (patches - keep) * embed_dim
+            patches = keep
+        macs += round(2 * mlp_ratio * (num_prefix_tokens + patches) * embed_dim**2)
+    return macs

@@ -1,0 +1,127 @@
+"""The method in pure tensor functions: split tokens into crucial and non-crucial ones, match, merge, restore.
+
+After Bian et al., "Multi-Scale And Token Mergence: Make Your ViT More Efficient" (arXiv 2306.04897): image tokens
+are scored, the best K of them are crucial, and every other one is merged into the crucial token that it resembles
+most, so that nothing is thrown away.
+
+Tensors have the layout [batch, tokens, channels]. The functions see image tokens only: prefix tokens (class,
+distillation, register) are kept apart by the caller. Every shape follows from the shapes given, never from values.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class Assignment(NamedTuple):
+    """Which tokens stay, and into which of them the others go, out of T = K + M tokens.
+
+    Attributes:
+        crucial: [B, K], indices of the tokens that stay, ascending.
+        rest: [B, M], indices of the tokens that are merged.
+        target: [B, M], for each of `rest`, the position in `crucial` of the token that takes it.
+    """
+
+    crucial: Tensor
+    rest: Tensor
+    target: Tensor
+
+
+def take(tokens: Tensor, index: Tensor) -> Tensor:
+    """Take tokens by their indices, image by image: [B, T, C] and [B, K] -> [B, K, C]."""
+    image = torch.arange(tokens.shape[0], device=tokens.device)[:, None]
+    return tokens[image, index]  # copies whole rows, unlike gather
+
+
+def cosine_similarity(descriptors: Tensor) -> Tensor:
+    """Return the cosine of every pair of descriptors: [B, T, D] -> [B, T, T]."""
+    normalised = F.normalize(descriptors, dim=-1)
+    return normalised @ normalised.transpose(1, 2)
+
+
+def distinctiveness(similarity: Tensor, importance: Tensor) -> Tensor:
+    """Return how little each token resembles any token that is more important.
+
+    A token is dispensable not only when it matters little, but also when a more important one says the same: then
+    merging the two loses next to nothing.
+
+    Args:
+        similarity: [B, T, T], cosines.
+        importance: [B, T]; among equals, the first counts as more important.
+
+    Returns:
+        [B, T], 1 - the largest similarity to a more important token, in [0, 2]; 2 for the most important token.
+    """
+    mine, other = importance[:, :, None], importance[:, None, :]
+    position = torch.arange(importance.shape[1], device=importance.device)
+    # Compared pair by pair, because a stable sort does not export to ONNX.
+    more_important = (other > mine) | ((other == mine) & (position < position[:, None]))  # [B, T, T]
+    return 1 - similarity.masked_fill(~more_important, -1).amax(dim=2)
+
+
+def split(score: Tensor, keep: int) -> tuple[Tensor, Tensor]:
+    """Split T tokens by their score [B, T] into the best `keep` and the rest: indices [B, K] and [B, T - K].
+
+    The indices of the crucial tokens ascend, so that tokens stay in the order of the image.
+    """
+    order = score.argsort(dim=1, descending=True)
+    return order[:, :keep].sort(dim=1).values, order[:, keep:]
+
+
+def match(similarity: Tensor, crucial: Tensor, rest: Tensor, size: Tensor | None = None) -> Tensor:
+    """Return, for each of the rest, the position in `crucial` of the token most similar to it: [B, M].
+
+    Args:
+        similarity: [B, T, T].
+        crucial: [B, K], indices.
+        rest: [B, M], indices.
+        size: [B, T]; tokens of size 0 (padding) take no others as long as there is a real one.
+    """
+    rows = take(similarity, rest)  # [B, M, T]
+    pairs = rows.gather(2, crucial[:, None, :].expand(-1, rest.shape[1], -1))  # [B, M, K]
+    if size is not None:
+        padding = size.gather(1, crucial) == 0
+        pairs = pairs.masked_fill(padding[:, None, :], -2)
+    return pairs.argmax(dim=2)
+
+
+def merge(tokens: Tensor, size: Tensor, assignment: Assignment) -> tuple[Tensor, Tensor]:
+    """Merge the rest into the crucial tokens, by means weighted with the tokens' sizes.
+
+    The weights of the merged tokens are applied as one matrix product: unlike a scatter it is deterministic on
+    every device and exports to ONNX. A crucial token that takes no other is left exactly as it is.
+
+    Args:
+        tokens: [B, T, C].
+        size: [B, T], the number of patches that each token stands for.
+        assignment: K tokens that stay and M that go.
+
+    Returns:
+        tokens [B, K, C] and sizes [B, K], whose sum is that of the sizes given.
+    """
+    crucial, rest, target = assignment
+    position = torch.arange(crucial.shape[1], device=target.device)
+    taken = (target[:, None, :] == position[None, :, None]) * size.gather(1, rest)[:, None, :]  # [B, K, M]
+    own = size.gather(1, crucial)
+    merged_size = own + taken.sum(dim=2)
+    # Only padding has size 0; dividing by 1 then leaves its (unused) token at zero instead of NaN.
+    total = merged_size.clamp(min=1)
+    share = (taken / total[:, :, None]).to(tokens.dtype)
+    stay = take(tokens, crucial) * (own / total)[:, :, None].to(tokens.dtype)
+    return stay + share @ take(tokens, rest), merged_size
+
+
+def follow(token_map: Tensor, assignment: Assignment) -> Tensor:
+    """Return the token map [B, N] after a merge: for each patch, the index in [0, K) of the token that holds it."""
+    crucial, rest, target = assignment
+    position = torch.arange(crucial.shape[1], device=target.device).expand_as(crucial)
+    moved = torch.cat((position, target), dim=1)
+    new_index = torch.empty_like(moved).scatter(1, torch.cat((crucial, rest), dim=1), moved)  # [B, T]
+    return new_index.gather(1, token_map)
+
+
+def restore(tokens: Tensor, token_map: Tensor) -> Tensor:
+    """Put merged tokens back on the full patch grid: [B, K, C] -> [B, N, C]."""
+    return take(tokens, token_map)

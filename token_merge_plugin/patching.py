@@ -1,0 +1,164 @@
+"""`apply` and `remove`: the only file that alters a model.
+
+A patched module has a subclass of its class in `__class__`, and one attribute more. wrapt's proxies were tried for
+this and cannot keep the promises: a `FunctionWrapper` on a block's forward breaks `torch.compile(fullgraph=True)`
+and can be neither deep-copied nor pickled. wrapt does what it is best at, at the edges: adapters are registered by
+its import hooks.
+"""
+
+import sys
+from types import FrameType
+from typing import Any, TypeAlias, TypeVar
+
+import torch
+from torch import nn
+
+from token_merge_plugin.adapters import Adapter, find_adapter, registered_adapters
+from token_merge_plugin.adapters.base import Patched, Place, patched_class
+from token_merge_plugin.config import KeepRate, MergeConfig
+from token_merge_plugin.errors import ConfigError, PatchStateError, TokenMergeError, UnsupportedModelError
+from token_merge_plugin.state import Plan
+
+Model = TypeVar("Model", bound=nn.Module)
+Change: TypeAlias = tuple[nn.Module, type[Patched], Place]
+
+
+def apply(model: Model, keep_rate: KeepRate | MergeConfig = 0.7, **options: Any) -> Model:
+    """Patch a timm vision transformer, in place, so that it merges tokens on the way through.
+
+    Args:
+        model: a supported model, or a module that contains some, such as a segmentation model. One that is patched
+            already is patched anew.
+        keep_rate: share of the image tokens that each stage keeps, in (0, 1]; see `MergeConfig`, which can also be
+            given here. 1.0 is the unpatched model.
+        options: the other fields of `MergeConfig`, by name.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ConfigError: an option is not allowed, or does not fit the model.
+        UnsupportedModelError: there is no model that a registered adapter serves, or one has a part that is not
+            known.
+        PatchStateError: the model is compiled, or in the middle of a forward pass.
+
+        After any of these the model is exactly as it was.
+    """
+    config = MergeConfig.of(keep_rate, **options)
+    _check_model(model)
+    before = _patches(model)
+    remove(model)
+    try:
+        _patch([change for part, adapter in _served(model) for change in _changes(part, adapter, config)])
+    except TokenMergeError:
+        _patch(before)
+        raise
+    return model
+
+
+def remove(model: Model) -> Model:
+    """Undo `apply`, in place: the model is bit for bit what it was. Without effect on a model that is not patched.
+
+    Raises:
+        PatchStateError: the model is compiled, in the middle of a forward pass, or was sharded after `apply`.
+    """
+    _check_model(model)
+    for module, _, _ in _patches(model):
+        module.__class__ = type(module)._token_merge_parts[1]  # type: ignore[attr-defined]
+        del module._token_merge
+    return model
+
+
+def supported_models() -> list[str]:
+    """Return timm's names of the models that are served, sorted."""
+    import timm
+
+    modules = {module for adapter in registered_adapters() for module in adapter.timm_modules}
+    known = set(timm.list_modules())
+    return sorted({name for module in modules & known for name in timm.list_models(module=module)})
+
+
+def _patch(changes: list[Change]) -> None:
+    for module, mixin, place in changes:
+        module._token_merge = place  # type: ignore[assignment]
+        module.__class__ = patched_class(mixin, type(module))
+
+
+def _patches(model: nn.Module) -> list[Change]:
+    """Return what was done to the model, in the form in which `_patch` does it."""
+    patched = [module for module in model.modules() if isinstance(module, Patched)]
+    for module in patched:
+        if "_token_merge_parts" not in vars(type(module)):
+            raise PatchStateError(
+                f"A patched module was made a {type(module).__name__} since. Undo that first, or remove before it."
+            )
+    return [(module, type(module)._token_merge_parts[0], module._token_merge) for module in patched]
+
+
+def _check_model(model: nn.Module) -> None:
+    if not isinstance(model, nn.Module):
+        raise UnsupportedModelError(f"{model!r} is a {type(model).__name__}. Give a torch.nn.Module.")
+    modules = set(model.modules())
+    for module in modules:
+        if isinstance(module, torch.jit.ScriptModule):
+            raise PatchStateError("The model is scripted. Apply token merging first, then trace or export.")
+        if isinstance(module, torch._dynamo.OptimizedModule) or module._compiled_call_impl is not None:
+            raise PatchStateError("The model is compiled. Apply or remove token merging first, then torch.compile.")
+    for frame in sys._current_frames().values():  # one for each thread
+        caller: FrameType | None = frame
+        while caller is not None:
+            if caller.f_code is nn.Module._call_impl.__code__ and caller.f_locals.get("self") in modules:
+                raise PatchStateError("The model is in the middle of a forward pass. Wait until it has returned.")
+            caller = caller.f_back
+
+
+def _served(model: nn.Module) -> list[tuple[nn.Module, Adapter]]:
+    """Return every served model in `model`, itself included, with its adapter."""
+    served: list[tuple[nn.Module, Adapter]] = []
+    inside: set[nn.Module] = set()
+    for module in model.modules():
+        adapter = find_adapter(module)
+        if adapter is not None and module not in inside:
+            served.append((module, adapter))
+            inside.update(module.modules())
+    if not served:
+        families = ", ".join(adapter.family for adapter in registered_adapters())
+        raise UnsupportedModelError(
+            f"{type(model).__name__} is no model that is served, and contains none. Families served: {families}. "
+            "supported_models() lists timm's names; register_adapter serves a class of your own."
+        )
+    return served
+
+
+def _changes(model: Any, adapter: Adapter, config: MergeConfig) -> list[Change]:
+    """Plan what is to be done to a served model, without touching it."""
+    blocks = adapter.blocks(model)
+    if not blocks:
+        raise UnsupportedModelError(f"{type(model).__name__} has no blocks, so there is nothing to patch.")
+    mixins = [list(adapter.mixins(block)) for block in blocks]
+    schedule = config.schedule(len(blocks))
+    num_class_tokens = adapter.num_class_tokens(model)
+    importance = config.importance
+    if importance == "auto":
+        importance = "class_attention" if adapter.reads_class_tokens(model) else "mean_query"
+    if importance == "class_attention" and not num_class_tokens:
+        raise ConfigError(
+            f"importance='class_attention' needs a class token, and this {type(model).__name__} has none. "
+            "Leave importance at 'auto', or choose 'mean_query' or 'uniform'."
+        )
+    if not schedule:
+        return []
+    plan = Plan(
+        config=config,
+        schedule=schedule,
+        last_block=len(blocks) - 1,
+        num_prefix_tokens=adapter.num_prefix_tokens(model),
+        num_class_tokens=num_class_tokens,
+        importance=importance,
+        grid_size=adapter.grid_size(model),
+        checkpointing=getattr(model, "grad_checkpointing", False),
+    )
+    changes: list[Change] = [(model, adapter.model_mixin, Place(plan, -1))]
+    for index in range(plan.first_block, len(blocks)):
+        changes += [(module, mixin, Place(plan, index)) for module, mixin in mixins[index]]
+    return changes
