@@ -54,6 +54,7 @@ KINDS = {
     "no class token, avg": {"class_token": False, "global_pool": "avg"},
     "no class token, map": {"class_token": False, "global_pool": "map"},
     "no class token, no pool": {"class_token": False, "global_pool": "", "num_classes": 0},
+    "no class token, prr": {"class_token": False, "global_pool": "prr"},
     "class token, avg": {"global_pool": "avg"},
     "class token, no pool": {"global_pool": ""},
     "pre_norm": {"pre_norm": True, "norm_layer": partial(LayerNorm, eps=1e-5)},

@@ -31,12 +31,12 @@ def test_the_closed_formula_is_what_torch_counts(keep_rate, class_token, reg_tok
         depth=6,
         schedule=MergeConfig(keep_rate).schedule(6),
         num_prefix_tokens=class_token + reg_tokens,
+        num_class_tokens=int(class_token),
         mlp_ratio=3,
         patch_dim=48,
         num_classes=7,
     )
-    # The query row of a model without class token is a weighted mean, once tokens have sizes: T * C more a stage.
-    assert abs(counted - formula) <= (0 if class_token else 3 * 144 * 24)
+    assert counted == formula
 
 
 def test_macs_are_per_image():

@@ -13,7 +13,9 @@ from token_merge_plugin.merging import (
     follow,
     match,
     merge,
+    more_important,
     restore,
+    select,
     split,
 )
 
@@ -144,22 +146,66 @@ def test_merging_equal_tokens_and_restoring_changes_nothing(case):
 def test_of_equal_tokens_only_the_most_important_is_distinct(case):
     x, _, score, keep = case
     x = x[:, torch.arange(x.shape[1]) % keep]
-    distinct = distinctiveness(cosine_similarity(x), score) > 1e-9
+    distinct = distinctiveness(cosine_similarity(x), more_important(score)) > 1e-9
     for b in range(len(x)):
         for twins in (range(k, x.shape[1], keep) for k in range(keep)):
             assert sum(distinct[b, twin].item() for twin in twins) <= 1
 
 
 @given(cases())
-def test_distinctiveness_is_one_minus_the_similarity_to_the_closest_more_important_token(case):
-    x, _, score, _ = case
+def test_importance_is_a_strict_order(case):
+    score = case[2]
+    above = more_important(score)
+    for b in range(len(score)):
+        order = sorted(range(score.shape[1]), key=lambda i: (-score[b, i], i))
+        assert above[b].sum(1)[order].tolist() == list(range(score.shape[1]))
+
+
+def distinct_by_loops(similarity, i, others):
+    return 1 - max((similarity[i, j].item() for j in others), default=-1)
+
+
+@given(cases())
+def test_distinctiveness_is_one_minus_the_similarity_to_the_closest_of_the_others(case):
+    x = case[0]
     similarity = cosine_similarity(x)
-    result = distinctiveness(similarity, score)
+    others = torch.rand(similarity.shape) < 0.5
+    result = distinctiveness(similarity, others)
     for b in range(len(x)):
         for i in range(x.shape[1]):
-            above = [j for j in range(x.shape[1]) if (-score[b, j], j) < (-score[b, i], i)]
-            expected = 1 - max((similarity[b, i, j].item() for j in above), default=-1)
-            assert result[b, i].item() == pytest.approx(expected)
+            assert result[b, i].item() == pytest.approx(
+                distinct_by_loops(similarity[b], i, others[b, i].nonzero()[:, 0])
+            )
+
+
+@given(cases())
+def test_crucial_tokens_are_important_and_distinct_from_the_crucial_ones(case):
+    x, _, score, keep = case
+    x = torch.cat((x, 1 + x[:, :, :1] ** 2), dim=2)  # no two tokens parallel, even with one channel
+    score = score + torch.rand_like(score)  # no ties
+    similarity = cosine_similarity(x)
+    crucial, rest = select(similarity, score, keep)
+    tokens = range(x.shape[1])
+    for b in range(len(x)):
+
+        def best(others):
+            value = {i: (score[b, i] * distinct_by_loops(similarity[b], i, others(i))).item() for i in tokens}  # noqa: B023
+            return sorted(sorted(tokens, key=lambda i: -value[i])[:keep])
+
+        first = best(lambda i: [j for j in tokens if score[b, j] > score[b, i]])  # noqa: B023
+        second = best(lambda i: [j for j in first if i not in first or score[b, j] > score[b, i]])  # noqa: B023
+        assert crucial[b].tolist() == second
+        assert sorted(crucial[b].tolist() + rest[b].tolist()) == list(tokens)
+
+
+@given(cases())
+def test_padding_is_crucial_only_where_nothing_else_is_left(case):
+    x, _, score, keep = case
+    padding = torch.rand_like(score) < 0.4
+    crucial, _ = select(cosine_similarity(x), score.masked_fill(padding, -1), keep)
+    for b in range(len(x)):
+        real = (~padding[b]).sum().item()
+        assert padding[b, crucial[b]].sum() == max(0, keep - real)
 
 
 @given(cases())

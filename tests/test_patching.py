@@ -1,6 +1,7 @@
 """`apply`, `remove` and the registry: what they refuse, and that a refusal changes nothing."""
 
 import threading
+import warnings
 
 import pytest
 import timm
@@ -145,7 +146,8 @@ def test_a_compiled_model_is_refused():
 
 
 def test_a_scripted_model_is_refused():
-    with pytest.warns(FutureWarning, match="deprecated"):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
         model = torch.jit.script(nn.Sequential(nn.Linear(2, 2)))
     with pytest.raises(PatchStateError, match="scripted"):
         apply(model, 0.5)
@@ -283,6 +285,16 @@ def test_a_failed_forward_pass_leaves_nothing_behind():
         model(x)
     handle.remove()
     assert model._token_merge.plan.current() is None
+    assert torch.equal(model(x), expected)
+
+
+def test_a_pass_given_up_half_way_does_not_reach_the_next_one():
+    model = apply(make(), 0.5)
+    x = images(model)
+    expected = model(x)
+    tokens = model._pos_embed(model.patch_embed(x))
+    for block in model.blocks[:3]:
+        tokens = block(tokens)
     assert torch.equal(model(x), expected)
 
 

@@ -3,12 +3,12 @@
 import copy
 
 import pytest
+import timm
 import torch
 from models import DEPTH, IMAGE_SIZE, KINDS, TIMM_KINDS, images, make
 from torch import nn
 
-import token_merge_plugin
-from token_merge_plugin import apply, remove
+from token_merge_plugin import apply, remove, supported_models
 from token_merge_plugin.counting import count_macs
 
 ALL = [*KINDS, *TIMM_KINDS]
@@ -183,7 +183,10 @@ def test_patches_that_a_mask_hides_do_not_reach_the_others(kind, as_bool, propor
     mask, other = padded(model, x)
     if not as_bool:
         mask = torch.zeros(mask.shape).masked_fill(~mask, float("-inf"))
-    features = [model.forward_features(y, attn_mask=mask)[:, : model.num_prefix_tokens + 32] for y in (x, other)]
+    seen = slice(0, model.num_prefix_tokens + 32)
+    features = [model.forward_features(y, attn_mask=mask)[:, seen] for y in (x, other)]
+    rows = model.forward_features(x, attn_mask=mask[:, :, :1])  # the same for every query
+    torch.testing.assert_close(rows[:, seen], features[0])
     assert torch.isfinite(features[0]).all()
     torch.testing.assert_close(features[0], features[1])
 
@@ -241,23 +244,28 @@ def test_patch_dropout_in_training_leaves_the_sequence_as_long_as_unpatched():
 def test_both_prefix_tokens_of_a_distilled_deit_count():
     model = apply(make("distilled"), 0.5)
     plan = model._token_merge.plan
-    assert plan.num_prefix_tokens == plan.num_class_tokens == 2
-    assert plan.importance == "class_attention"
+    assert plan.num_prefix_tokens == plan.class_queries == 2
 
 
 @pytest.mark.parametrize(
-    ("kind", "importance"),
+    ("kind", "class_queries"),
     [
-        ("Block", "class_attention"),
-        ("class token, no pool", "class_attention"),
-        ("class token, avg", "mean_query"),
-        ("no class token, avg", "mean_query"),
-        ("no class token, map", "mean_query"),
-        ("register tokens", "class_attention"),
+        ("Block", 1),
+        ("distilled", 2),
+        ("register tokens", 1),
+        ("class token, no pool", 1),
+        ("class token, avg", 0),
+        ("no class token, avg", 0),
+        ("no class token, map", 0),
     ],
 )
-def test_importance_comes_from_the_class_token_where_the_output_is_read_from_it(kind, importance):
-    assert apply(make(kind), 0.5)._token_merge.plan.importance == importance
+def test_the_class_token_says_what_matters_where_the_output_is_read_from_it(kind, class_queries):
+    plan = apply(make(kind), 0.5)._token_merge.plan
+    assert (plan.class_queries, plan.mean_query) == (class_queries, True)
+    plan = apply(make(kind), 0.5, importance="mean_query")._token_merge.plan
+    assert (plan.class_queries, plan.mean_query) == (0, True)
+    plan = apply(make(kind), 0.5, importance="uniform")._token_merge.plan
+    assert (plan.class_queries, plan.mean_query) == (0, False)
 
 
 def test_register_tokens_are_neither_scored_nor_merged():
@@ -284,12 +292,22 @@ def test_every_option_runs(kind, importance, similarity, multi_scale):
 
 
 def test_a_full_sized_deit_has_the_published_counts():
-    import timm
-
     model = timm.create_model("deit_small_patch16_224")
     x = torch.randn(1, 3, 224, 224)
     full = count_macs(model, x)
     assert round(full / 1e9, 1) == 4.6
     for rate, most in ((0.9, 4.1), (0.8, 3.6), (0.7, 3.1), (0.6, 2.7), (0.5, 2.4)):
         assert count_macs(apply(model, rate), x) / 1e9 <= most
-    assert count_macs(token_merge_plugin.apply(model, 0.7), x) <= 0.67 * full
+    assert count_macs(apply(model, 0.7), x) <= 0.67 * full
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize("name", supported_models())
+def test_every_supported_model_is_patched_and_saves_a_quarter(name):
+    with torch.device("meta"):
+        model = timm.create_model(name).eval()
+        x = torch.zeros(1, 3, *getattr(model.patch_embed, "img_size", model.pretrained_cfg["input_size"][1:]))
+    before, full = fingerprint(model), count_macs(model, x)
+    apply(model, 0.7)
+    assert count_macs(model, x) < 0.75 * full
+    assert fingerprint(remove(model)) == before

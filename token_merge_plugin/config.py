@@ -23,11 +23,11 @@ class MergeConfig:
         keep_rate: share of the image tokens that each stage keeps, in (0, 1]: one float for every stage, a sequence
             with one float a stage, or a mapping {block index: rate}, which also says where the stages are.
         stages: indices of the blocks that reduce tokens; None for 1/4, 1/2 and 3/4 of the depth.
-        importance: how image tokens are scored. "class_attention": attention from the class token (and from DeiT's
-            distillation token), mean over heads. "mean_query": the attention that the mean of the queries pays,
-            for models that pool without a class token. "uniform": none, distinctiveness alone decides. "auto":
-            "class_attention" where the output is read from the class token, else "mean_query".
-        distinctiveness: weigh the importance of a token by how little it resembles a more important one.
+        importance: whose attention says how much an image token matters. "class_attention": that of the class token
+            (and of DeiT's distillation token). "mean_query": that of the mean of the image tokens' queries.
+            "auto": both, or only the latter where the output is not read from the class token. "uniform": nobody's,
+            distinctiveness alone decides.
+        distinctiveness: weigh the importance of a token by how little it resembles the tokens that stay.
         similarity: descriptors that decide which crucial token takes a merged one: "tokens" (as they leave the
             attention's residual), "keys" or "values".
         multi_scale: where features of several scales of the patch grid are fused in: "off", "importance" or

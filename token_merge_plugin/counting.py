@@ -8,6 +8,7 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from token_merge_plugin.config import tokens_kept
@@ -26,7 +27,8 @@ def count_macs(model: nn.Module, images: Tensor) -> int:
     tensors = {name: p.detach() for name, p in model.named_parameters()}
     model.eval()
     try:
-        with FlopCounterMode(display=False) as counter:
+        # Without fused attention, because older counters do not know all of its kernels.
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
             torch.func.functional_call(model, tensors, (images,))
     finally:
         for module, training in modes:
@@ -49,8 +51,9 @@ def vit_macs(
     """Return the multiply-adds per image of a plain ViT, patched with the default options, in closed form.
 
     With T tokens of C channels, prefix tokens included, a block costs T (4 C^2 + 2 r C^2) for its matrices and
-    2 T^2 C for its attention. A stage compares N image tokens with each other (N^2 C), computes one row of attention
-    a class token (T C), and merges M of them into K (K M C).
+    2 T^2 C for its attention. A stage compares N image tokens with each other (N^2 C), computes a row of attention for
+    each class token and for the mean query (T C each; N C for the mean, once tokens differ in size), and merges M of
+    them into K (K M C).
 
     Args:
         num_patches: image tokens at the input.
@@ -58,7 +61,7 @@ def vit_macs(
         depth: number of blocks.
         schedule: {block index: keep rate}, as `MergeConfig.schedule` returns it; none for the unpatched model.
         num_prefix_tokens: tokens that are never merged.
-        num_class_tokens: query rows of the importance; 1 without a class token, for the mean query.
+        num_class_tokens: of these, class and distillation tokens that the output is read from.
         mlp_ratio: r, hidden channels of the MLP to C.
         patch_dim: numbers in a patch: channels times patch height times patch width.
         num_classes: outputs of the head, which reads one token.
@@ -71,7 +74,8 @@ def vit_macs(
         macs += 4 * tokens * embed_dim**2 + 2 * tokens**2 * embed_dim
         keep = tokens_kept(patches, schedule.get(block, 1.0))
         if keep < patches:
-            macs += patches**2 * embed_dim + num_class_tokens * tokens * embed_dim + keep * (patches - keep) * embed_dim
+            macs += patches**2 * embed_dim + keep * (patches - keep) * embed_dim
+            macs += (num_class_tokens + 1) * tokens * embed_dim + (patches * embed_dim if patches < num_patches else 0)
             patches = keep
         macs += round(2 * mlp_ratio * (num_prefix_tokens + patches) * embed_dim**2)
     return macs

@@ -41,24 +41,54 @@ def cosine_similarity(descriptors: Tensor) -> Tensor:
     return normalised @ normalised.transpose(1, 2)
 
 
-def distinctiveness(similarity: Tensor, importance: Tensor) -> Tensor:
-    """Return how little each token resembles any token that is more important.
+def more_important(importance: Tensor) -> Tensor:
+    """Compare tokens pair by pair: [B, T] -> [B, T, T], true at [i, j] where j matters more than i.
 
-    A token is dispensable not only when it matters little, but also when a more important one says the same: then
-    merging the two loses next to nothing.
-
-    Args:
-        similarity: [B, T, T], cosines.
-        importance: [B, T]; among equals, the first counts as more important.
-
-    Returns:
-        [B, T], 1 - the largest similarity to a more important token, in [0, 2]; 2 for the most important token.
+    Among equals the first matters more, so the order is strict.
     """
     mine, other = importance[:, :, None], importance[:, None, :]
     position = torch.arange(importance.shape[1], device=importance.device)
-    # Compared pair by pair, because a stable sort does not export to ONNX.
-    more_important = (other > mine) | ((other == mine) & (position < position[:, None]))  # [B, T, T]
-    return 1 - similarity.masked_fill(~more_important, -1).amax(dim=2)
+    # Not by a stable sort, which does not export to ONNX.
+    return (other > mine) | ((other == mine) & (position < position[:, None]))
+
+
+def distinctiveness(similarity: Tensor, others: Tensor) -> Tensor:
+    """Return how little each token resembles any of certain others.
+
+    Args:
+        similarity: [B, T, T], cosines.
+        others: [B, T, T], true at [i, j] where token i is to be compared with j.
+
+    Returns:
+        [B, T], 1 - the largest similarity, in [0, 2]; 2 for a token compared with none.
+    """
+    return 1 - similarity.where(others, -1).amax(dim=2)
+
+
+def select(similarity: Tensor, importance: Tensor, keep: int) -> tuple[Tensor, Tensor]:
+    """Choose the crucial tokens by importance times distinctiveness.
+
+    A token is dispensable not only when it matters little, but also when a crucial one says the same: then merging
+    the two loses next to nothing. Which ones are crucial is not known beforehand, so tokens are first compared with
+    all more important ones, and then once more with the ones that were crucial by that: a token whose more
+    important twin is dispensable itself would lose its double.
+
+    Args:
+        similarity: [B, T, T], cosines.
+        importance: [B, T], not negative, but -1 for padding, which is crucial only where nothing else is left.
+        keep: K.
+
+    Returns:
+        indices of the crucial tokens [B, K], ascending, and of the rest [B, T - K].
+    """
+    padding = importance < 0
+    above = more_important(importance)
+    score = importance * distinctiveness(similarity, above)
+    crucial, _ = split(score.masked_fill(padding, -1), keep)
+    is_crucial = torch.zeros_like(score).scatter(1, crucial, 1.0) > 0
+    # A crucial token is compared with more important crucial ones, any other with all crucial ones.
+    score = importance * distinctiveness(similarity, is_crucial[:, None, :] & (above | ~is_crucial[:, :, None]))
+    return split(score.masked_fill(padding, -1), keep)
 
 
 def split(score: Tensor, keep: int) -> tuple[Tensor, Tensor]:

@@ -16,7 +16,7 @@ from torch import nn
 from token_merge_plugin.adapters import Adapter, find_adapter, registered_adapters
 from token_merge_plugin.adapters.base import Patched, Place, patched_class
 from token_merge_plugin.config import KeepRate, MergeConfig
-from token_merge_plugin.errors import ConfigError, PatchStateError, TokenMergeError, UnsupportedModelError
+from token_merge_plugin.errors import ConfigError, PatchStateError, UnsupportedModelError
 from token_merge_plugin.state import Plan
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -50,7 +50,7 @@ def apply(model: Model, keep_rate: KeepRate | MergeConfig = 0.7, **options: Any)
     remove(model)
     try:
         _patch([change for part, adapter in _served(model) for change in _changes(part, adapter, config)])
-    except TokenMergeError:
+    except Exception:
         _patch(before)
         raise
     return model
@@ -137,15 +137,15 @@ def _changes(model: Any, adapter: Adapter, config: MergeConfig) -> list[Change]:
         raise UnsupportedModelError(f"{type(model).__name__} has no blocks, so there is nothing to patch.")
     mixins = [list(adapter.mixins(block)) for block in blocks]
     schedule = config.schedule(len(blocks))
-    num_class_tokens = adapter.num_class_tokens(model)
-    importance = config.importance
-    if importance == "auto":
-        importance = "class_attention" if adapter.reads_class_tokens(model) else "mean_query"
-    if importance == "class_attention" and not num_class_tokens:
+    class_tokens = adapter.num_class_tokens(model)
+    if config.importance == "class_attention" and not class_tokens:
         raise ConfigError(
             f"importance='class_attention' needs a class token, and this {type(model).__name__} has none. "
             "Leave importance at 'auto', or choose 'mean_query' or 'uniform'."
         )
+    asked = config.importance == "class_attention" or (
+        config.importance == "auto" and adapter.reads_class_tokens(model)
+    )
     if not schedule:
         return []
     plan = Plan(
@@ -153,12 +153,12 @@ def _changes(model: Any, adapter: Adapter, config: MergeConfig) -> list[Change]:
         schedule=schedule,
         last_block=len(blocks) - 1,
         num_prefix_tokens=adapter.num_prefix_tokens(model),
-        num_class_tokens=num_class_tokens,
-        importance=importance,
+        class_queries=class_tokens if asked else 0,
+        mean_query=config.importance in ("auto", "mean_query"),
         grid_size=adapter.grid_size(model),
         checkpointing=getattr(model, "grad_checkpointing", False),
     )
     changes: list[Change] = [(model, adapter.model_mixin, Place(plan, -1))]
-    for index in range(plan.first_block, len(blocks)):
-        changes += [(module, mixin, Place(plan, index)) for module, mixin in mixins[index]]
+    for index, of_block in enumerate(mixins):
+        changes += [(module, mixin, Place(plan, index)) for module, mixin in of_block]
     return changes

@@ -8,11 +8,11 @@ from token_merge_plugin.importance import mean_query, query_row_attention
 from token_merge_plugin.merging import (
     Assignment,
     cosine_similarity,
-    distinctiveness,
     follow,
     match,
     merge,
     restore,
+    select,
     split,
     take,
 )
@@ -65,34 +65,31 @@ def _assign(
     plan: Plan, state: Pass, before: Merged, image_tokens: Tensor, evidence: list[Evidence], keep: int
 ) -> Assignment:
     """Decide which image tokens stay, and which of them takes each of the others."""
-    padding = before.size == 0
-    score = _importance(plan, state, before, evidence).masked_fill(padding, -1)  # [B, T]
     similarity = cosine_similarity(_descriptors(plan, state, before, image_tokens, evidence))
-    if plan.config.distinctiveness:
-        score = (score * distinctiveness(similarity, score)).masked_fill(padding, -1)
-    crucial, rest = split(score, keep)
+    importance = _importance(plan, state, before, evidence).masked_fill(before.size == 0, -1)
+    crucial, rest = select(similarity, importance, keep) if plan.config.distinctiveness else split(importance, keep)
     return Assignment(crucial, rest, match(similarity, crucial, rest, before.size))
 
 
 def _importance(plan: Plan, state: Pass, before: Merged, evidence: list[Evidence]) -> Tensor:
     """Return the importance of the image tokens [B, T], in float32."""
-    if plan.importance == "uniform":
+    if not plan.class_queries and not plan.mean_query:
         return torch.ones_like(before.size)
     prefix = plan.num_prefix_tokens
+    log_size = plan.log_size(state)
     scores = []
     for seen in evidence:
-        if plan.importance == "class_attention":
-            rows = slice(plan.num_class_tokens)
-            query = seen.query[:, :, rows]
-        else:
-            rows = slice(0)
-            query = mean_query(seen.query[:, :, prefix:], before.size if state.merged else None)
-        bias = seen.bias
-        if bias is not None and bias.shape[2] > 1:
-            bias = bias[:, :, rows] if rows.stop else bias.amax(dim=2, keepdim=True)
-        elif bias is None and (log_size := plan.log_size(state)) is not None:
+        queries, bias = seen.query[:, :, : plan.class_queries], seen.bias
+        if bias is None and log_size is not None:
             bias = log_size[:, None, None, :]
-        scores.append(query_row_attention(query, seen.key, seen.scale, bias, seen.head_weight))
+        elif bias is not None and bias.shape[2] > 1:
+            # What no query may see, the mean query does not see either.
+            bias = torch.cat((bias[:, :, : plan.class_queries], bias.amax(dim=2, keepdim=True)), dim=2)
+            bias = bias if plan.mean_query else bias[:, :, :-1]
+        if plan.mean_query:
+            mean = mean_query(seen.query[:, :, prefix:], before.size if state.merged else None)
+            queries = torch.cat((queries, mean), dim=2)
+        scores.append(query_row_attention(queries, seen.key, seen.scale, bias, seen.head_weight))
     score = torch.stack(scores).mean(dim=0)[:, prefix:]
     score = _multi_scale("importance", plan, state, before, score[:, :, None])[:, :, 0]
     # The root keeps the few tokens on which attention piles up from outweighing distinctiveness. The constant lets
@@ -116,7 +113,7 @@ def _multi_scale(where: str, plan: Plan, state: Pass, before: Merged, features: 
 
     Where there is no full grid (patch dropout in training), features stay as they are.
     """
-    grid_size = plan.current_grid_size()
-    if plan.config.multi_scale != where or grid_size is None or grid_size[0] * grid_size[1] != state.num_patches:
+    grid = state.grid_size
+    if plan.config.multi_scale != where or grid is None or grid[0] * grid[1] != state.num_patches:
         return features
-    return take(fuse(restore(features, before.token_map), grid_size), before.representative)
+    return take(fuse(restore(features, before.token_map), grid), before.representative)

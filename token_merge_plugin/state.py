@@ -53,8 +53,9 @@ class Evidence(NamedTuple):
 class Pass:
     """One forward pass, from the first stage to the last block. Changed by its blocks, in one thread."""
 
-    def __init__(self, num_patches: int, merged: Merged | None = None):
+    def __init__(self, num_patches: int, grid_size: tuple[int, int] | None, merged: Merged | None = None):
         self.num_patches = num_patches
+        self.grid_size = grid_size
         self.merged = merged
         self.evidence: list[Evidence] = []
 
@@ -86,8 +87,8 @@ class Plan:
         schedule: {block index: keep rate}, never empty.
         last_block: index of the block behind which the full grid is restored.
         num_prefix_tokens: tokens in front of the image tokens.
-        num_class_tokens: of these, the class token and the distillation token, which come first.
-        importance: as in the config, with "auto" resolved.
+        class_queries: of these, the first ones, whose attention says what matters.
+        mean_query: the attention of the mean of the image tokens' queries says so, too.
         grid_size: (height, width) of the patch grid, or None where it depends on the image.
         checkpointing: recompute each block in the backward pass.
     """
@@ -96,8 +97,8 @@ class Plan:
     schedule: dict[int, float]
     last_block: int
     num_prefix_tokens: int
-    num_class_tokens: int
-    importance: str
+    class_queries: int
+    mean_query: bool
     grid_size: tuple[int, int] | None
     checkpointing: bool = False
     key: int = field(default_factory=lambda: next(_keys))
@@ -127,10 +128,13 @@ class Plan:
         """Return the model's method that is under way in this thread."""
         return _local.edges.get(self.key)
 
-    def current_grid_size(self) -> tuple[int, int] | None:
-        """Return (height, width) of the patch grid of the images under way, or None where it is not known."""
+    def begin(self, num_patches: int) -> Pass:
+        """Make a new pass the current one."""
         edge = self.edge()
-        return edge.grid_size if edge is not None and edge.grid_size is not None else self.grid_size
+        grid_size = edge.grid_size if edge is not None and edge.grid_size is not None else self.grid_size
+        state = Pass(num_patches, grid_size)
+        self.install(state)
+        return state
 
     def current(self) -> Pass | None:
         """Return the pass that is under way in this thread."""
@@ -178,7 +182,7 @@ class Plan:
         """
         prefix = self.num_prefix_tokens
         batch = merged.size.shape[0]
-        mask = mask.expand(batch, *mask.shape[1:])
+        mask = mask.expand(batch, -1, -1, prefix + merged.token_map.shape[1])
         heads, rows = mask.shape[1], mask.shape[2]
         index = prefix + merged.representative
         index = torch.cat((torch.arange(prefix, device=index.device).expand(batch, -1), index), dim=1)  # [B, P + K]

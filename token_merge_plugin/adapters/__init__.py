@@ -1,4 +1,4 @@
-"""Adapters: one file a family. Importing this package has timm's families registered as soon as timm is imported."""
+"""Adapters: one file a family, registered once the module that defines the family is imported."""
 
 import importlib
 
@@ -11,8 +11,8 @@ from token_merge_plugin.adapters.base import (
     registered_adapters,
 )
 
-# {module that defines the family: module of its adapter}. A hook for each, so that importing this package imports
-# no library that the user does not use, and a family that an older timm lacks is simply not there.
+# {module that defines the family: module of its adapter}. By import hooks, so that a family that an older timm lacks
+# is simply not there, and one of another package is served without importing that package here.
 FAMILIES = {"timm.models.vision_transformer": "token_merge_plugin.adapters.vit"}
 
 

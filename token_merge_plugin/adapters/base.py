@@ -27,8 +27,13 @@ class Place(NamedTuple):
 
 
 class Patched(nn.Module):
-    """Base of the mixins: a class made by `patched_class` pickles by the names of its two parts."""
+    """Base of the mixins: a class made by `patched_class` pickles by the names of its two parts.
 
+    Attributes:
+        parts: names of the child modules that the mixin knows how to run.
+    """
+
+    parts: ClassVar[tuple[str, ...]] = ()
     _token_merge: Place
     _token_merge_parts: ClassVar[tuple[type["Patched"], type[nn.Module]]]
 
@@ -108,11 +113,14 @@ class PatchedBlock(Patched):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         plan, block = self._token_merge
+        if block < plan.first_block:
+            if plan.checkpointing and torch.is_grad_enabled():
+                return checkpoint(super().forward, x, *args, **kwargs)
+            return super().forward(x, *args, **kwargs)
         edge = plan.edge()
         keep_grid = edge is not None and edge.keep_grid
         if block == plan.first_block:
-            state = Pass(num_patches=x.shape[1] - plan.num_prefix_tokens)
-            plan.install(state)
+            state = plan.begin(x.shape[1] - plan.num_prefix_tokens)
         else:
             current = plan.current()
             if current is None:  # called on its own, outside a pass
@@ -128,7 +136,8 @@ class PatchedBlock(Patched):
         if keep_grid:
             x = plan.take_tokens(state, x)
         if plan.checkpointing and torch.is_grad_enabled():
-            x, state.merged = checkpoint(self._recompute, x, state.num_patches, state.merged, *args, **kwargs)
+            before = state.num_patches, state.grid_size, state.merged
+            x, state.merged = checkpoint(self._recompute, x, before, *args, **kwargs)
         else:
             x = self._run(state, x, *args, **kwargs)
         if keep_grid or block == plan.last_block:
@@ -144,16 +153,16 @@ class PatchedBlock(Patched):
         return self.later_forward(x, *args, **kwargs)
 
     def _recompute(
-        self, x: Tensor, num_patches: int, merged: Merged | None, *args: Any, **kwargs: Any
+        self, x: Tensor, before: tuple[int, tuple[int, int] | None, Merged | None], *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Merged | None]:
         """Run the block from its arguments alone: in the backward pass, no other pass is under way."""
         plan = self._token_merge.plan
-        state = Pass(num_patches, merged)
-        before = plan.install(state)
+        state = Pass(*before)
+        outer = plan.install(state)
         try:
             return self._run(state, x, *args, **kwargs), state.merged
         finally:
-            plan.install(before)
+            plan.install(outer)
 
 
 class PatchedAttention(Patched):
@@ -166,7 +175,7 @@ class PatchedAttention(Patched):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         plan, block = self._token_merge
         state = plan.current()
-        if state is None or (state.merged is None and block not in plan.schedule):
+        if block < plan.first_block or state is None or (state.merged is None and block not in plan.schedule):
             return super().forward(x, *args, **kwargs)
         return self.merged_forward(x, *args, **kwargs)
 
@@ -258,7 +267,7 @@ def known_mixin(module: nn.Module, known: Mapping[type[nn.Module], type[Patched]
 
     Args:
         module: a block or attention layer.
-        known: mixin of each known class. Its `parts`, names of child modules, are those that it knows how to run.
+        known: mixin of each known class.
 
     Raises:
         UnsupportedModelError: the class, or a subclass's own forward, or a part of it, is not known.
@@ -272,7 +281,7 @@ def known_mixin(module: nn.Module, known: Mapping[type[nn.Module], type[Patched]
         )
     for known_class, mixin in known.items():
         if isinstance(module, known_class) and cls.forward is known_class.forward:
-            unknown = {name for name, _ in module.named_children()} - set(mixin.parts)  # type: ignore[attr-defined]
+            unknown = {name for name, _ in module.named_children()} - set(mixin.parts)
             if unknown:
                 raise UnsupportedModelError(
                     f"{cls.__name__} has parts that are not known here: {', '.join(sorted(unknown))}. "

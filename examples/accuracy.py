@@ -1,0 +1,70 @@
+"""What the defaults are worth: the built-in model, or one trained alike, with options switched one at a time.
+
+    python examples/accuracy.py --data /usr/share/datasets/fashion-mnist
+
+Runs test images of Fashion-MNIST (the four IDX files; Debian package dataset-fashion-mnist) through the unpatched
+model and, for each row, through the patched one, without any training, and prints the table of the README.
+"""
+
+import argparse
+from pathlib import Path
+
+import timm
+import torch
+from timm.models import load_checkpoint
+from tqdm import tqdm
+
+import token_merge_plugin
+from token_merge_plugin.builtin import WEIGHTS, create_reference_model, load_images
+from token_merge_plugin.trial import run_trial
+
+CONFIGS = {
+    "default": {},
+    "class attention only": {"importance": "class_attention"},
+    "mean query only": {"importance": "mean_query"},
+    "no importance": {"importance": "uniform"},
+    "no distinctiveness": {"distinctiveness": False},
+    "no proportional attention": {"proportional_attention": False},
+    "similarity of keys": {"similarity": "keys"},
+    "similarity of values": {"similarity": "values"},
+    "multi-scale importance": {"multi_scale": "importance"},
+    "multi-scale descriptors": {"multi_scale": "descriptors"},
+    "stages 2, 5, 8": {"stages": (2, 5, 8)},
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="folder of the four IDX files")
+    parser.add_argument("--weights", type=Path, default=WEIGHTS, help="of examples/train_reference.py")
+    parser.add_argument("--global-pool", default="token", choices=["token", "avg"], help="as trained")
+    parser.add_argument("--split", default="t10k", choices=["t10k", "train"])
+    parser.add_argument("--images", type=int, default=2000, help="use the first so many")
+    parser.add_argument("--keep-rates", type=float, nargs="+", default=[0.7, 0.5])
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args()
+
+    model = create_reference_model(pretrained=False, global_pool=args.global_pool, fc_norm=False)
+    load_checkpoint(model, str(args.weights))
+    images, labels = (x[: args.images].to(args.device) for x in load_images(args.data, args.split))
+    model.to(args.device)
+    contenders = [
+        token_merge_plugin.MergeConfig(rate, **options) for options in CONFIGS.values() for rate in args.keep_rates
+    ]
+    with tqdm(total=(1 + len(contenders)) * -(-len(images) // 50), desc="forward passes") as bar:
+        unpatched, *rows = run_trial(model, images, labels, contenders, progress=bar.update)
+    print(f"{len(images)} images, unpatched: top-1 {unpatched.top1:.2%}, {unpatched.gmacs:.3f} GMACs")
+    print(f"torch {torch.__version__}, timm {timm.__version__}, token_merge_plugin {token_merge_plugin.__version__}\n")
+    heads = [f"{rate}: reduction | top-1 | agreement | KL" for rate in args.keep_rates]
+    print("| options | " + " | ".join(heads) + " |")
+    print("|---" + "|---:" * 4 * len(heads) + "|")
+    for i, name in enumerate(CONFIGS):
+        cells = [
+            f"{row.reduction:.1%} | {row.top1:.2%} | {row.agreement:.2%} | {row.kl:.1e}"
+            for row in rows[i * len(args.keep_rates) :][: len(args.keep_rates)]
+        ]
+        print(f"| {name} | " + " | ".join(cells) + " |")
+
+
+if __name__ == "__main__":
+    main()

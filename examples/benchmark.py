@@ -1,0 +1,76 @@
+"""Speed of patched against unpatched models, as ratios taken in one run.
+
+    python examples/benchmark.py --model deit_small_patch16_224 --batch-size 8
+
+Weights and images are random: they do not change what is computed. Contenders take turns, each round in another
+order; the ratio is the median over rounds, so the machine's own ups and downs cancel. On glibc, set
+MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=8589934592 MALLOC_TOP_PAD_=268435456, so that large
+activations are not given back to the system at each operation.
+"""
+
+import argparse
+import platform
+import random
+import statistics
+import time
+
+import timm
+import torch
+from tqdm import tqdm
+
+import token_merge_plugin
+from token_merge_plugin.counting import count_macs
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="deit_small_patch16_224")
+    parser.add_argument("--keep-rates", type=float, nargs="+", default=[0.9, 0.8, 0.7, 0.6, 0.5])
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+
+    torch.manual_seed(args.seed)
+    random.seed(args.seed)
+    device, dtype = torch.device(args.device), getattr(torch, args.dtype)
+    model = timm.create_model(args.model).eval().to(device, dtype)
+    size = timm.data.resolve_data_config(model=model)["input_size"]
+    images = torch.randn(args.batch_size, *size, device=device, dtype=dtype)
+    rates = [1.0, *args.keep_rates]
+    seconds: dict[float, list[float]] = {rate: [] for rate in rates}
+    macs = {}
+    with torch.inference_mode():
+        for rate in rates:
+            macs[rate] = count_macs(token_merge_plugin.apply(model, rate), images[:1])
+            model(images)
+        for _ in tqdm(range(args.rounds), desc="rounds"):
+            for rate in random.sample(rates, len(rates)):
+                token_merge_plugin.apply(model, rate)
+                if device.type == "cuda":
+                    torch.cuda.synchronize()
+                start = time.perf_counter()
+                model(images)
+                if device.type == "cuda":
+                    torch.cuda.synchronize()
+                seconds[rate].append(time.perf_counter() - start)
+
+    name = torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.machine()} CPU"
+    threads = "" if device.type == "cuda" else f", {torch.get_num_threads()} threads"
+    print(f"{args.model}, {args.dtype}, batch {args.batch_size}, {args.rounds} rounds, {name}{threads}")
+    print(f"torch {torch.__version__}, timm {timm.__version__}, token_merge_plugin {token_merge_plugin.__version__}\n")
+    print("| keep rate | GMACs | share of GMACs | share of time | speed-up | time share / GMAC share |")
+    print("|---:|---:|---:|---:|---:|---:|")
+    for rate in rates:
+        time_share = statistics.median(a / b for a, b in zip(seconds[rate], seconds[1.0], strict=True))
+        mac_share = macs[rate] / macs[1.0]
+        print(
+            f"| {rate} | {macs[rate] / 1e9:.2f} | {mac_share:.3f} | {time_share:.3f} | {1 / time_share:.2f}x "
+            f"| {time_share / mac_share:.2f} |"
+        )
+
+
+if __name__ == "__main__":
+    main()

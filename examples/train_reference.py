@@ -1,0 +1,126 @@
+r"""Train the built-in reference model on Fashion-MNIST, from scratch, on unmerged tokens.
+
+    python examples/train_reference.py --data /usr/share/datasets/fashion-mnist --output vit_fashion_mnist.safetensors
+
+The data are the four IDX files of Fashion-MNIST (Debian package dataset-fashion-mnist). Most epochs see a random
+quarter of the patches (Li et al. 2023, "Scaling Language-Image Pre-training via Masking"), which is four times
+cheaper; the last one sees all of them. No token is merged. Progress is saved beside the output: run the same command
+again to go on after an interruption.
+
+An average-pooled model, from the built-in one:
+
+    python examples/train_reference.py --data ... --output vit_avg.safetensors --global-pool avg \
+        --init token_merge_plugin/builtin/vit_fashion_mnist.safetensors --schedule 1x0.75 --lr 2e-3
+"""
+
+import argparse
+import math
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from timm.layers import PatchDropout
+from timm.models import load_checkpoint
+from timm.optim import create_optimizer_v2
+from tqdm import tqdm
+
+from token_merge_plugin.builtin import create_reference_model, load_images
+
+SCHEDULE = "6x0.75 1x0.5 1x0"
+
+
+def read_schedule(text: str) -> list[float]:
+    """Return the share of the patches dropped in each epoch: "2x0.5 1x0" -> [0.5, 0.5, 0.0]."""
+    pairs = [phase.split("x") for phase in text.split()]
+    return [float(drop) for epochs, drop in pairs for _ in range(int(epochs))]
+
+
+def learning_rate(step: int, steps: int, peak: float, warmup: int = 200) -> float:
+    """Linear warm-up, then half a cosine down to zero."""
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+
+@torch.inference_mode()
+def accuracy(model: torch.nn.Module, images: torch.Tensor, labels: torch.Tensor) -> float:
+    """Top-1 in per cent."""
+    correct = sum(
+        (model(x).argmax(1) == y).sum().item() for x, y in zip(images.split(250), labels.split(250), strict=True)
+    )
+    return 100 * correct / len(labels)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="folder of the four IDX files")
+    parser.add_argument("--output", type=Path, required=True, help="weights, written as fp16 safetensors")
+    parser.add_argument("--schedule", default=SCHEDULE, help="epochs x share of the patches dropped, phase by phase")
+    parser.add_argument("--global-pool", default="token", choices=["token", "avg"])
+    parser.add_argument("--init", type=Path, help="weights to start from (default: random)")
+    parser.add_argument("--batch-size", type=int, default=96)
+    parser.add_argument("--lr", type=float, default=6e-3)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--save-every", type=int, default=250, help="steps between two checkpoints")
+    args = parser.parse_args()
+
+    torch.manual_seed(args.seed)
+    device = torch.device(args.device)
+    images, labels = (t.to(device) for t in load_images(args.data, "train"))
+    drops = read_schedule(args.schedule)
+    model = create_reference_model(False, patch_drop_rate=0.5, global_pool=args.global_pool, fc_norm=False).to(device)
+    if args.init:
+        load_checkpoint(model, str(args.init))
+    patch_drop = model.patch_drop  # its rate is set epoch by epoch
+    assert isinstance(patch_drop, PatchDropout)
+    # Orthogonalised momentum (Muon) for the matrices, AdamW for the rest: fewer epochs than AdamW alone.
+    optimizer = create_optimizer_v2(model, "muon", lr=args.lr, weight_decay=0.05, fallback_lr_scale=0.25)
+
+    per_epoch = len(images) // args.batch_size
+    steps = per_epoch * len(drops)
+    first = 0
+    checkpoint = args.output.with_suffix(".checkpoint")
+    if checkpoint.exists():
+        saved = torch.load(checkpoint, map_location=device)
+        model.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+        first = saved["step"]
+
+    model.train()
+    progress = tqdm(range(first, steps), initial=first, total=steps, desc="training", unit="step")
+    for step in progress:
+        # Seeded by the step, so that a resumed run draws what an uninterrupted one would have drawn.
+        epoch, batch = divmod(step, per_epoch)
+        order = torch.randperm(len(images), generator=torch.Generator().manual_seed(args.seed + epoch))
+        torch.manual_seed(args.seed * steps + step)
+        index = order[batch * args.batch_size :][: args.batch_size]
+        x, y = images[index], labels[index]
+        x = torch.where(torch.rand(len(x), 1, 1, 1, device=device) < 0.5, x.flip(3), x)
+        patch_drop.prob = drops[epoch]
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, steps, args.lr)
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            loss = F.cross_entropy(model(x), y, label_smoothing=0.1)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        progress.set_postfix(loss=f"{loss.item():.3f}", patches=f"{1 - drops[epoch]:.0%}", refresh=False)
+        if (step + 1) % args.save_every == 0 or step + 1 == steps:
+            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}
+            partial = checkpoint.with_suffix(".partial")
+            torch.save(state, partial)
+            partial.replace(checkpoint)
+
+    model.eval()
+    weights = {k: v.half() if v.is_floating_point() else v for k, v in model.state_dict().items()}
+    save_file({k: v.contiguous().cpu() for k, v in weights.items()}, args.output)
+    model.load_state_dict(weights)
+    test_images, test_labels = (t.to(device) for t in load_images(args.data, "t10k"))
+    print(f"top-1 on {len(test_labels)} test images: {accuracy(model, test_images, test_labels):.2f} %")
+
+
+if __name__ == "__main__":
+    main()
