@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn.functional import cosine_similarity as torch_cosine
 
@@ -18,9 +18,6 @@ from token_merge_plugin.merging import (
     select,
     split,
 )
-
-settings.register_profile("tensors", deadline=None, max_examples=50)
-settings.load_profile("tensors")
 
 
 @st.composite
