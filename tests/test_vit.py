@@ -303,11 +303,12 @@ def test_a_full_sized_deit_has_the_published_counts():
 
 @pytest.mark.sweep
 @pytest.mark.parametrize("name", supported_models())
-def test_every_supported_model_is_patched_and_saves_a_quarter(name):
+def test_every_supported_model_saves_a_quarter_behind_its_patch_embedding(name):
     with torch.device("meta"):
         model = timm.create_model(name).eval()
         x = torch.zeros(1, 3, *getattr(model.patch_embed, "img_size", model.pretrained_cfg["input_size"][1:]))
+    stem = count_macs(model.patch_embed, x)  # the whole backbone of a hybrid, which has no tokens yet
     before, full = fingerprint(model), count_macs(model, x)
     apply(model, 0.7)
-    assert count_macs(model, x) < 0.75 * full
+    assert count_macs(model, x) - stem < 0.75 * (full - stem)
     assert fingerprint(remove(model)) == before
