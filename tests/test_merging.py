@@ -6,8 +6,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn.functional import cosine_similarity as torch_cosine
 
+from token_merge_plugin.config import tokens_kept
 from token_merge_plugin.merging import (
     Assignment,
+    assign,
     cosine_similarity,
     distinctiveness,
     follow,
@@ -15,7 +17,6 @@ from token_merge_plugin.merging import (
     merge,
     more_important,
     restore,
-    select,
     split,
 )
 
@@ -32,10 +33,9 @@ def cases(draw):
     return x, size, score, draw(st.integers(1, tokens - 1))
 
 
-def assign(x, size, score, keep):
-    similarity = cosine_similarity(x)
+def by_score(x, score, keep):
     crucial, rest = split(score, keep)
-    return Assignment(crucial, rest, match(similarity, crucial, rest, size))
+    return Assignment(crucial, rest, match(cosine_similarity(x), crucial, rest))
 
 
 @given(cases())
@@ -51,8 +51,8 @@ def test_crucial_tokens_are_the_best_k_in_the_order_of_the_image(case):
 
 @given(cases())
 def test_every_other_token_goes_to_the_crucial_token_most_similar_to_it(case):
-    crucial, rest, target = assign(*case)
-    x = case[0]
+    x, _, score, keep = case
+    crucial, rest, target = by_score(x, score, keep)
     for b in range(len(x)):
         for i, j in zip(rest[b], target[b], strict=True):
             similarity = [torch_cosine(x[b, i], x[b, c], dim=0) for c in crucial[b]]
@@ -62,7 +62,7 @@ def test_every_other_token_goes_to_the_crucial_token_most_similar_to_it(case):
 @given(cases())
 def test_merged_tokens_are_means_weighted_with_sizes(case):
     x, size, score, keep = case
-    crucial, rest, target = assign(x, size, score, keep)
+    crucial, rest, target = by_score(x, score, keep)
     merged, merged_size = merge(x, size, Assignment(crucial, rest, target))
     for b in range(len(x)):
         for k in range(keep):
@@ -75,14 +75,14 @@ def test_merged_tokens_are_means_weighted_with_sizes(case):
 @given(cases())
 def test_sizes_sum_to_the_number_of_patches(case):
     x, size, score, keep = case
-    _, merged_size = merge(x, size, assign(x, size, score, keep))
+    _, merged_size = merge(x, size, by_score(x, score, keep))
     torch.testing.assert_close(merged_size.sum(1), size.sum(1))
 
 
 @given(cases())
 def test_the_weighted_sum_of_tokens_is_kept(case):
     x, size, score, keep = case
-    merged, merged_size = merge(x, size, assign(x, size, score, keep))
+    merged, merged_size = merge(x, size, by_score(x, score, keep))
     torch.testing.assert_close((merged_size[:, :, None] * merged).sum(1), (size[:, :, None] * x).sum(1))
 
 
@@ -90,7 +90,7 @@ def test_the_weighted_sum_of_tokens_is_kept(case):
 def test_a_token_that_takes_no_other_is_left_exactly_as_it_is(case):
     x, size, score, keep = case
     x, size = x.float(), size.float()
-    assignment = assign(x, size, score, keep)
+    assignment = by_score(x, score, keep)
     merged, _ = merge(x, size, assignment)
     for b in range(len(x)):
         for k in set(range(keep)) - set(assignment.target[b].tolist()):
@@ -104,7 +104,7 @@ def test_the_token_map_is_a_partition_that_agrees_with_the_sizes_over_several_me
     token_map = torch.arange(patches).expand(batch, -1)
     size = torch.ones(batch, patches, dtype=torch.double)
     for k in (keep, max(1, keep // 2)):
-        assignment = assign(x, size, score, k) if k < x.shape[1] else None
+        assignment = by_score(x, score, k) if k < x.shape[1] else None
         if assignment is None:
             break
         x, size = merge(x, size, assignment)
@@ -117,7 +117,7 @@ def test_the_token_map_is_a_partition_that_agrees_with_the_sizes_over_several_me
 @given(cases())
 def test_restore_gives_each_patch_the_token_that_holds_it(case):
     x, size, score, keep = case
-    assignment = assign(x, size, score, keep)
+    assignment = by_score(x, score, keep)
     merged, _ = merge(x, size, assignment)
     token_map = follow(torch.arange(x.shape[1]).expand(len(x), -1), assignment)
     restored = restore(merged, token_map)
@@ -133,7 +133,7 @@ def test_merging_equal_tokens_and_restoring_changes_nothing(case):
     copies = torch.arange(x.shape[1]) % keep
     x = x[:, copies]
     score[:, :keep] += 100
-    assignment = assign(x, size, score, keep)
+    assignment = by_score(x, score, keep)
     merged, _ = merge(x, size, assignment)
     token_map = follow(torch.arange(x.shape[1]).expand(len(x), -1), assignment)
     torch.testing.assert_close(restore(merged, token_map), x)
@@ -181,7 +181,8 @@ def test_crucial_tokens_are_important_and_distinct_from_the_crucial_ones(case):
     x = torch.cat((x, 1 + x[:, :, :1] ** 2), dim=2)  # no two tokens parallel, even with one channel
     score = score + torch.rand_like(score)  # no ties
     similarity = cosine_similarity(x)
-    crucial, rest = select(similarity, score, keep)
+    crucial, rest, target = assign(similarity, score, keep / x.shape[1])
+    assert torch.equal(target, match(similarity, crucial, rest))
     tokens = range(x.shape[1])
     for b in range(len(x)):
 
@@ -195,49 +196,65 @@ def test_crucial_tokens_are_important_and_distinct_from_the_crucial_ones(case):
         assert sorted(crucial[b].tolist() + rest[b].tolist()) == list(tokens)
 
 
-@given(cases())
-def test_padding_is_crucial_only_where_nothing_else_is_left(case):
+@given(cases(), st.booleans())
+def test_without_distinctiveness_the_most_important_tokens_are_crucial(case, padded):
     x, _, score, keep = case
-    padding = torch.rand_like(score) < 0.4
-    crucial, _ = select(cosine_similarity(x), score.masked_fill(padding, -1), keep)
+    real = torch.ones_like(score, dtype=torch.bool) if padded else None
+    crucial, _, _ = assign(cosine_similarity(x), score, keep / x.shape[1], real, distinct=False)
     for b in range(len(x)):
-        real = (~padding[b]).sum().item()
-        assert padding[b, crucial[b]].sum() == max(0, keep - real)
+        assert sorted(score[b, crucial[b]].tolist()) == sorted(score[b].tolist())[-keep:]
+
+
+@given(cases(), st.booleans())
+def test_padding_changes_neither_which_tokens_stay_nor_where_the_others_go(case, distinct):
+    x, _, score, keep = case
+    x = torch.cat((x, 1 + x[:, :, :1] ** 2), dim=2)  # no two tokens parallel, even with one channel
+    score = score + torch.rand_like(score)  # no ties
+    keep_rate = keep / x.shape[1]
+    padding = 1 + keep
+    alone = assign(cosine_similarity(x), score, keep_rate, distinct=distinct)
+    x = torch.cat((x, torch.randn(len(x), padding, x.shape[2]).double()), dim=1)
+    score = torch.cat((score, torch.full((len(x), padding), 99.0)), dim=1)
+    real = torch.arange(x.shape[1]).expand(len(x), -1) < case[0].shape[1]
+    crucial, rest, target = assign(cosine_similarity(x), score, keep_rate, real, distinct)
+    assert crucial.shape[1] == tokens_kept(x.shape[1], keep_rate)
+    takes = crucial.gather(1, target)
+    assert torch.equal(real.gather(1, takes), real.gather(1, rest)) or crucial.shape[1] == alone.crucial.shape[1]
+    for b in range(len(x)):
+        assert [i for i in crucial[b].tolist() if real[b, i]] == alone.crucial[b].tolist()
+        goes = {i: j for i, j in zip(rest[b].tolist(), takes[b].tolist(), strict=True) if real[b, i]}
+        expected = alone.crucial[b, alone.target[b]].tolist()
+        assert goes == dict(zip(alone.rest[b].tolist(), expected, strict=True))
 
 
 @given(cases())
 def test_an_image_does_not_depend_on_the_others_of_its_batch(case):
     x, size, score, keep = case
-    together = merge(x, size, assign(x, size, score, keep))
+    together = merge(x, size, by_score(x, score, keep))
     for b in range(len(x)):
         one = slice(b, b + 1)
-        alone = merge(x[one], size[one], assign(x[one], size[one], score[one], keep))
+        alone = merge(x[one], size[one], by_score(x[one], score[one], keep))
         torch.testing.assert_close(alone[0], together[0][one])
         assert torch.equal(alone[1], together[1][one])
 
 
 @given(cases())
-def test_padding_is_never_merged_into_a_real_token_and_takes_none(case):
+def test_a_token_of_size_zero_adds_nothing_to_the_token_that_takes_it(case):
     x, size, score, keep = case
     padding = torch.zeros_like(size, dtype=torch.bool)
     padding[:, -max(1, x.shape[1] // 3) :] = True
     size = size.masked_fill(padding, 0)
-    score = score.masked_fill(padding, -1)
-    assignment = assign(x, size, score, keep)
+    assignment = by_score(x, score, keep)
     merged, merged_size = merge(x, size, assignment)
-    noise = torch.where(padding[:, :, None], x + 100, x)
-    merged_noise, _ = merge(noise, size, assignment)
+    merged_noise, _ = merge(torch.where(padding[:, :, None], x + 100, x), size, assignment)
     real = merged_size > 0
     assert torch.equal(merged[real], merged_noise[real])
-    taken = size.gather(1, assignment.crucial).gather(1, assignment.target)
-    real_rest = size.gather(1, assignment.rest) > 0
-    assert (taken[real_rest] > 0).all()
 
 
 @given(cases())
 def test_gradients_of_a_merge_agree_with_finite_differences(case):
     x, size, score, keep = case
-    assignment = assign(x, size, score, keep)
+    assignment = by_score(x, score, keep)
     token_map = follow(torch.arange(x.shape[1]).expand(len(x), -1), assignment)
     assert torch.autograd.gradcheck(
         lambda x: restore(merge(x, size, assignment)[0], token_map), (x[:, :, :2].clone().requires_grad_(),)
@@ -247,6 +264,6 @@ def test_gradients_of_a_merge_agree_with_finite_differences(case):
 def test_half_precision_does_not_overflow_where_many_large_tokens_merge():
     x = torch.full((1, 200, 4), 60_000.0, dtype=torch.half)
     size = torch.ones(1, 200)
-    merged, _ = merge(x, size, assign(x, size, torch.rand(1, 200), 1))
+    merged, _ = merge(x, size, by_score(x, torch.rand(1, 200), 1))
     assert torch.isfinite(merged).all()
     torch.testing.assert_close(merged.float(), torch.full((1, 1, 4), 60_000.0), rtol=2e-3, atol=0)

@@ -22,7 +22,8 @@ class MergeConfig:
     Attributes:
         keep_rate: share of the image tokens that each stage keeps, in (0, 1]: one float for every stage, a sequence
             with one float a stage, or a mapping {block index: rate}, which also says where the stages are.
-        stages: indices of the blocks that reduce tokens; None for 1/4, 1/2 and 3/4 of the depth.
+        stages: indices of the blocks that reduce tokens, counted through the whole network; None for the family's
+            measured default: blocks at 1/4, 1/2 and 3/4 of the depth where tokens leave the sequence for good.
         importance: whose attention says how much an image token matters. "class_attention": that of the class token
             (and of DeiT's distillation token). "mean_query": that of the mean of the image tokens' queries.
             "auto": both, or only the latter where the output is not read from the class token. "uniform": nobody's,
@@ -74,8 +75,12 @@ class MergeConfig:
             return replace(keep_rate, **options)  # type: ignore[arg-type]
         return cls(keep_rate, **options)  # type: ignore[arg-type]
 
-    def schedule(self, depth: int) -> dict[int, float]:
+    def schedule(self, depth: int, default: Sequence[int] | None = None) -> dict[int, float]:
         """Return {block index: keep rate} for a model of `depth` blocks, without the stages that keep everything.
+
+        Args:
+            depth: number of blocks.
+            default: the stages if none were asked for; None for 1/4, 1/2 and 3/4 of the depth.
 
         Raises:
             ConfigError: a block index does not exist, or the number of keep rates is not that of the stages.
@@ -83,7 +88,8 @@ class MergeConfig:
         if isinstance(self.keep_rate, Mapping):
             rates = dict(self.keep_rate)
         else:
-            stages = self.stages if self.stages is not None else default_stages(depth)
+            default = default_stages(depth) if default is None else default
+            stages = default if self.stages is None else self.stages
             if isinstance(self.keep_rate, tuple):
                 if len(self.keep_rate) != len(stages):
                     raise ConfigError(_wrong_number(self.keep_rate, stages))

@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from token_merge_plugin.config import tokens_kept
+
 
 class Assignment(NamedTuple):
     """Which tokens stay, and into which of them the others go, out of T = K + M tokens.
@@ -65,30 +67,55 @@ def distinctiveness(similarity: Tensor, others: Tensor) -> Tensor:
     return 1 - similarity.where(others, -1).amax(dim=2)
 
 
-def select(similarity: Tensor, importance: Tensor, keep: int) -> tuple[Tensor, Tensor]:
-    """Choose the crucial tokens by importance times distinctiveness.
+def assign(
+    similarity: Tensor, importance: Tensor, keep_rate: float, real: Tensor | None = None, distinct: bool = True
+) -> Assignment:
+    """Decide which tokens stay, and which of them takes each of the others.
 
-    A token is dispensable not only when it matters little, but also when a crucial one says the same: then merging
-    the two loses next to nothing. Which ones are crucial is not known beforehand, so tokens are first compared with
-    all more important ones, and then once more with the ones that were crucial by that: a token whose more
-    important twin is dispensable itself would lose its double.
+    The score is importance times distinctiveness. A token is dispensable not only when it matters little, but also
+    when a crucial one says the same: then merging the two loses next to nothing. Which ones are crucial is not known
+    beforehand, so tokens are first compared with all more important ones, and then once more with the ones that were
+    crucial by that: a token whose more important twin is dispensable itself would lose its double.
 
     Args:
         similarity: [B, T, T], cosines.
-        importance: [B, T], not negative, but -1 for padding, which is crucial only where nothing else is left.
-        keep: K.
-
-    Returns:
-        indices of the crucial tokens [B, K], ascending, and of the rest [B, T - K].
+        importance: [B, T], not negative.
+        keep_rate: K = ceil(keep_rate * T) tokens stay.
+        real: [B, T], false for padding; None where all tokens are real. An image then keeps that share of its own
+            real tokens, however much padding there is, and padding fills the places that are left.
+        distinct: count distinctiveness; otherwise the score is the importance.
     """
-    padding = importance < 0
-    above = more_important(importance)
-    score = importance * distinctiveness(similarity, above)
-    crucial, _ = split(score.masked_fill(padding, -1), keep)
-    is_crucial = torch.zeros_like(score).scatter(1, crucial, 1.0) > 0
-    # A crucial token is compared with more important crucial ones, any other with all crucial ones.
-    score = importance * distinctiveness(similarity, is_crucial[:, None, :] & (above | ~is_crucial[:, :, None]))
-    return split(score.masked_fill(padding, -1), keep)
+    keep = tokens_kept(importance.shape[1], keep_rate)
+    quota = None
+    if real is not None:
+        importance = importance.masked_fill(~real, -1)
+        # In double precision and with the subtrahend of `tokens_kept`: the count that the image alone would have.
+        quota = (real.sum(dim=1, keepdim=True).double() * keep_rate - 1e-9).ceil().clamp(min=1)
+    score = importance
+    if distinct:
+        above = more_important(importance)
+        score = _scored(importance, similarity, above)
+        crucial = _rank(score) < (keep if quota is None else quota)
+        # A crucial token is compared with more important crucial ones, any other with all crucial ones.
+        score = _scored(importance, similarity, crucial[:, None, :] & (above | ~crucial[:, :, None]))
+    if real is not None and quota is not None:
+        # The best real tokens, then padding, then the other real tokens.
+        score = torch.where(real, (_rank(score) < quota) * 2, 1)
+        similarity = similarity.masked_fill(real[:, :, None] != real[:, None, :], -2)
+    stay, rest = split(score, keep)
+    return Assignment(stay, rest, match(similarity, stay, rest))
+
+
+def _scored(importance: Tensor, similarity: Tensor, others: Tensor) -> Tensor:
+    """Weigh importance with distinctiveness; padding, of importance -1, stays below all others."""
+    return (importance * distinctiveness(similarity, others)).masked_fill(importance < 0, -1)
+
+
+def _rank(score: Tensor) -> Tensor:
+    """Return the place of each token in the descending order of the scores: [B, T], from 0."""
+    order = score.argsort(dim=1, descending=True)
+    place = torch.arange(order.shape[1], device=order.device).expand_as(order)
+    return torch.empty_like(order).scatter(1, order, place)
 
 
 def split(score: Tensor, keep: int) -> tuple[Tensor, Tensor]:
@@ -100,21 +127,45 @@ def split(score: Tensor, keep: int) -> tuple[Tensor, Tensor]:
     return order[:, :keep].sort(dim=1).values, order[:, keep:]
 
 
-def match(similarity: Tensor, crucial: Tensor, rest: Tensor, size: Tensor | None = None) -> Tensor:
+def windows(grid: Tensor, height: int, width: int) -> Tensor:
+    """Cut grids into windows of that size: [B, H, W, C] -> [B * windows, height * width, C]."""
+    grid = grid.unflatten(2, (-1, width)).unflatten(1, (-1, height))
+    return grid.transpose(2, 3).flatten(3, 4).flatten(0, 2)
+
+
+def join_windows(x: Tensor, height: int, width: int, grid_size: tuple[int, int]) -> Tensor:
+    """Undo `windows`: [B * windows, height * width, C] -> [B, H, W, C], where grid_size is (H, W)."""
+    rows, columns = grid_size[0] // height, grid_size[1] // width
+    grid = x.unflatten(1, (height, width)).unflatten(0, (-1, rows, columns))
+    return grid.transpose(2, 3).flatten(3, 4).flatten(1, 2)
+
+
+def cells(height: int, width: int, device: torch.device | None = None) -> Tensor:
+    """Divide a grid into equal rectangles of about 8x8 tokens: indices of the tokens in each, [cells, T].
+
+    Comparing all tokens of a large window or grid with each other would cost as much as is saved.
+    """
+    rows, columns = _cell_side(height), _cell_side(width)
+    index = torch.arange(height * width, device=device).view(height // rows, rows, width // columns, columns)
+    return index.transpose(1, 2).reshape(-1, rows * columns)
+
+
+def _cell_side(side: int) -> int:
+    """Return the divisor of a side that is closest to 8, or the whole side where none is near."""
+    divisors = [d for d in range(4, 17) if side % d == 0]
+    return min(divisors, key=lambda d: abs(d - 8)) if divisors else side
+
+
+def match(similarity: Tensor, crucial: Tensor, rest: Tensor) -> Tensor:
     """Return, for each of the rest, the position in `crucial` of the token most similar to it: [B, M].
 
     Args:
         similarity: [B, T, T].
         crucial: [B, K], indices.
         rest: [B, M], indices.
-        size: [B, T]; tokens of size 0 (padding) take no others as long as there is a real one.
     """
     rows = take(similarity, rest)  # [B, M, T]
-    pairs = rows.gather(2, crucial[:, None, :].expand(-1, rest.shape[1], -1))  # [B, M, K]
-    if size is not None:
-        padding = size.gather(1, crucial) == 0
-        pairs = pairs.masked_fill(padding[:, None, :], -2)
-    return pairs.argmax(dim=2)
+    return rows.gather(2, crucial[:, None, :].expand(-1, rest.shape[1], -1)).argmax(dim=2)
 
 
 def merge(tokens: Tensor, size: Tensor, assignment: Assignment) -> tuple[Tensor, Tensor]:

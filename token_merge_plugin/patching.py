@@ -15,6 +15,7 @@ from torch import nn
 
 from token_merge_plugin.adapters import Adapter, find_adapter, registered_adapters
 from token_merge_plugin.adapters.base import Patched, Place, patched_class
+from token_merge_plugin.adapters.refused import REFUSED
 from token_merge_plugin.config import KeepRate, MergeConfig
 from token_merge_plugin.errors import ConfigError, PatchStateError, UnsupportedModelError
 from token_merge_plugin.state import Plan
@@ -71,11 +72,20 @@ def remove(model: Model) -> Model:
 
 def supported_models() -> list[str]:
     """Return timm's names of the models that are served, sorted."""
+    return sorted(name for names in models_by_adapter().values() for name in names)
+
+
+def models_by_adapter() -> dict[Adapter, list[str]]:
+    """Return timm's names of the models that each adapter serves, for adapters that serve any."""
     import timm
 
-    modules = {module for adapter in registered_adapters() for module in adapter.timm_modules}
     known = set(timm.list_modules())
-    return sorted({name for module in modules & known for name in timm.list_models(module=module)})
+    served = {}
+    for adapter in registered_adapters():
+        modules = known.intersection(adapter.timm_modules)
+        if modules:
+            served[adapter] = sorted(name for module in modules for name in timm.list_models(module=module))
+    return served
 
 
 def _patch(changes: list[Change]) -> None:
@@ -104,12 +114,22 @@ def _check_model(model: nn.Module) -> None:
             raise PatchStateError("The model is scripted. Apply token merging first, then trace or export.")
         if isinstance(module, torch._dynamo.OptimizedModule) or module._compiled_call_impl is not None:
             raise PatchStateError("The model is compiled. Apply or remove token merging first, then torch.compile.")
-    for frame in sys._current_frames().values():  # one for each thread
-        caller: FrameType | None = frame
-        while caller is not None:
-            if caller.f_code is nn.Module._call_impl.__code__ and caller.f_locals.get("self") in modules:
-                raise PatchStateError("The model is in the middle of a forward pass. Wait until it has returned.")
-            caller = caller.f_back
+    if _running(modules):
+        raise PatchStateError("The model is in the middle of a forward pass. Wait until it has returned.")
+
+
+def _running(modules: set[nn.Module]) -> bool:
+    """Return whether a thread is inside of a call of one of the modules."""
+    frame: FrameType | None = None
+    try:
+        for frame in sys._current_frames().values():  # one for each thread
+            while frame is not None:
+                if frame.f_code is nn.Module._call_impl.__code__ and frame.f_locals.get("self") in modules:
+                    return True
+                frame = frame.f_back
+        return False
+    finally:
+        del frame  # one of them is this function's own: a cycle that would keep the model alive
 
 
 def _served(model: nn.Module) -> list[tuple[nn.Module, Adapter]]:
@@ -118,14 +138,17 @@ def _served(model: nn.Module) -> list[tuple[nn.Module, Adapter]]:
     inside: set[nn.Module] = set()
     for module in model.modules():
         adapter = find_adapter(module)
-        if adapter is not None and module not in inside:
+        if adapter is not None and module not in inside and adapter.serves(module):
             served.append((module, adapter))
             inside.update(module.modules())
     if not served:
-        families = ", ".join(adapter.family for adapter in registered_adapters())
+        families = ", ".join(dict.fromkeys(adapter.family for adapter in registered_adapters()))
+        reason = REFUSED.get(type(model).__module__)
         raise UnsupportedModelError(
-            f"{type(model).__name__} is no model that is served, and contains none. Families served: {families}. "
-            "supported_models() lists timm's names; register_adapter serves a class of your own."
+            f"{type(model).__name__} is no model that is served, and contains none. "
+            + (f"It was looked at: {reason} " if reason else "")
+            + f"Families served: {families}. supported_models() lists timm's names; register_adapter serves a class of "
+            "your own."
         )
     return served
 
@@ -136,7 +159,22 @@ def _changes(model: Any, adapter: Adapter, config: MergeConfig) -> list[Change]:
     if not blocks:
         raise UnsupportedModelError(f"{type(model).__name__} has no blocks, so there is nothing to patch.")
     mixins = [list(adapter.mixins(block)) for block in blocks]
-    schedule = config.schedule(len(blocks))
+    if adapter.model_mixin is None:
+        _check_on_entry(model, config)
+    if config.multi_scale != "off" and not adapter.in_rows:
+        raise ConfigError(
+            f"multi_scale={config.multi_scale!r} needs to know which tokens are neighbours, and the order in which "
+            f"{type(model).__name__} keeps them does not tell. Leave it at 'off'."
+        )
+    schedule = config.schedule(len(blocks), adapter.default_stages(model))
+    sections = adapter.sections(model)
+    for block in schedule:
+        if not any(block in section for section in sections):
+            allowed = ", ".join(str(b) for section in sections for b in section)
+            raise ConfigError(
+                f"Block {block} of this {type(model).__name__} cannot reduce tokens: it changes the grid, or is of "
+                f"another kind. Choose from blocks {allowed}."
+            )
     class_tokens = adapter.num_class_tokens(model)
     if config.importance == "class_attention" and not class_tokens:
         raise ConfigError(
@@ -151,14 +189,36 @@ def _changes(model: Any, adapter: Adapter, config: MergeConfig) -> list[Change]:
     plan = Plan(
         config=config,
         schedule=schedule,
-        last_block=len(blocks) - 1,
+        sections=tuple(sections),
         num_prefix_tokens=adapter.num_prefix_tokens(model),
         class_queries=class_tokens if asked else 0,
         mean_query=config.importance in ("auto", "mean_query"),
         grid_size=adapter.grid_size(model),
         checkpointing=getattr(model, "grad_checkpointing", False),
     )
-    changes: list[Change] = [(model, adapter.model_mixin, Place(plan, -1))]
+    changes: list[Change] = []
+    if adapter.model_mixin is not None:
+        changes.append((model, adapter.model_mixin, Place(plan, -1)))
     for index, of_block in enumerate(mixins):
-        changes += [(module, mixin, Place(plan, index)) for module, mixin in of_block]
+        if adapter.model_mixin is not None or index in schedule:
+            changes += [(module, mixin, Place(plan, index)) for module, mixin in of_block]
     return changes
+
+
+def _check_on_entry(model: nn.Module, config: MergeConfig) -> None:
+    """Refuse options that need what attention saw, which is not there yet when tokens merge on entry to a block.
+
+    Without any importance, distinctiveness is all there is to choose by.
+    """
+    fit: dict[str, tuple] = {
+        "importance": ("auto", "uniform"),
+        "similarity": ("tokens",),
+        "multi_scale": ("off",),
+        "distinctiveness": (True,),
+    }
+    for name, allowed in fit.items():
+        if getattr(config, name) not in allowed:
+            raise ConfigError(
+                f"{name}={getattr(config, name)!r} does not fit this {type(model).__name__}, whose blocks merge tokens "
+                f"on entry, before they attend. Choose {' or '.join(map(repr, allowed))}."
+            )

@@ -5,19 +5,12 @@ from torch import Tensor
 
 from token_merge_plugin.config import tokens_kept
 from token_merge_plugin.importance import mean_query, query_row_attention
-from token_merge_plugin.merging import (
-    Assignment,
-    cosine_similarity,
-    follow,
-    match,
-    merge,
-    restore,
-    select,
-    split,
-    take,
-)
+from token_merge_plugin.merging import assign, cells, cosine_similarity, follow, merge, restore, take
 from token_merge_plugin.multiscale import fuse
 from token_merge_plugin.state import Evidence, Merged, Pass, Plan
+
+# Masks hide by -inf or by a large negative number, such as the smallest of their dtype: -65504 in float16.
+HIDDEN = -1e4
 
 
 def reduce_tokens(plan: Plan, state: Pass, x: Tensor, block: int) -> Tensor:
@@ -32,50 +25,90 @@ def reduce_tokens(plan: Plan, state: Pass, x: Tensor, block: int) -> Tensor:
     Returns:
         [B, P + K, C].
     """
-    prefix = plan.num_prefix_tokens
+    prefix = state.num_prefix_tokens
     image_tokens = x[:, prefix:]
-    keep = tokens_kept(image_tokens.shape[1], plan.schedule[block])
+    keep_rate = plan.schedule[block]
     evidence, state.evidence = state.evidence, []
-    if keep >= image_tokens.shape[1]:
+    if tokens_kept(image_tokens.shape[1], keep_rate) >= image_tokens.shape[1]:
         return x
     with torch.no_grad():
-        before = state.merged or _unmerged(plan, image_tokens, evidence)
-        assignment = _assign(plan, state, before, image_tokens, evidence, keep)
+        before = state.merged or _unmerged(state, image_tokens, evidence)
+        similarity = cosine_similarity(_descriptors(plan, state, before, image_tokens, evidence))
+        importance = _importance(plan, state, before, evidence)
+        real = None if evidence[0].bias is None else before.size > 0
+        assignment = assign(similarity, importance, keep_rate, real, plan.config.distinctiveness)
     merged_tokens, size = merge(image_tokens, before.size, assignment)
     token_map = follow(before.token_map, assignment)
     state.merged = Merged(size, token_map, before.representative.gather(1, assignment.crucial))
     return torch.cat((x[:, :prefix], merged_tokens), dim=1)
 
 
-def _unmerged(plan: Plan, image_tokens: Tensor, evidence: list[Evidence]) -> Merged:
-    """Return the state before any merge: each patch its own token, of size 0 where no other token may see it."""
+def merge_within(
+    tokens: Tensor, grid_size: tuple[int, int], keep_rate: float, apart: Tensor | None = None
+) -> tuple[Tensor, Merged]:
+    """Merge tokens on entry to a block, cell by cell, chosen by their distinctiveness alone.
+
+    What attention is about to see is not known yet. Norms of the tokens, their distance from the mean of the window
+    and stand-ins for attention were tried as importance, and were no better.
+
+    Args:
+        tokens: [W, T, C], windows of the grid, or whole grids.
+        grid_size: (height, width) of a window, whose product is T.
+        keep_rate: share of the tokens of each cell that stays.
+        apart: [w, T, T], true for pairs that are not to be merged, where w divides W: the windows of an image.
+
+    Returns:
+        [W, K, C], and where the tokens went.
+    """
+    windows, _, channels = tokens.shape
+    index = cells(*grid_size, device=tokens.device)  # [n, t]
+    number, inside = index.shape
+    tokens = tokens[:, index].reshape(-1, inside, channels)  # [W * n, t, C]
+    with torch.no_grad():
+        similarity = cosine_similarity(tokens)
+        if apart is not None:
+            pairs = apart[:, index[:, :, None], index[:, None, :]].flatten(0, 1)  # [w * n, t, t]
+            similarity = similarity.unflatten(0, (-1, len(pairs))).masked_fill(pairs, -1).flatten(0, 1)
+        importance = similarity.new_ones(len(tokens), inside)
+        assignment = assign(similarity, importance, keep_rate)
+    size = torch.ones(len(tokens), inside, device=tokens.device)
+    merged_tokens, size = merge(tokens, size, assignment)
+    keep = size.shape[1]
+    cell = torch.arange(number, device=tokens.device)[:, None]
+    token_map = follow(torch.arange(inside, device=tokens.device).expand(len(tokens), -1), assignment)
+    token_map = (token_map.unflatten(0, (-1, number)) + cell * keep).flatten(1)[:, index.flatten().argsort()]
+    representative = index[cell, assignment.crucial.unflatten(0, (-1, number))].flatten(1)
+    return (
+        merged_tokens.reshape(windows, number * keep, channels),
+        Merged(size.reshape(windows, number * keep), token_map, representative),
+    )
+
+
+def _unmerged(state: Pass, image_tokens: Tensor, evidence: list[Evidence]) -> Merged:
+    """Return the state before any merge: each patch its own token, of size 0 where it is padding."""
     batch, patches, _ = image_tokens.shape
     device = image_tokens.device
     size = torch.ones(batch, patches, device=device)
     bias = evidence[0].bias
     if bias is not None:
-        visible = (bias > float("-inf")).expand(-1, -1, bias.shape[-1], -1).clone()
-        visible.diagonal(dim1=2, dim2=3).fill_(False)
-        size = size * visible.any(dim=2).any(dim=1)[:, plan.num_prefix_tokens :]
+        sees = bias > HIDDEN  # [1 or B, 1 or H, 1 or P + N, P + N]
+        real = sees.any(dim=2)
+        if sees.shape[2] > 1:
+            itself = sees.diagonal(dim1=2, dim2=3).clone()
+            sees.diagonal(dim1=2, dim2=3).fill_(False)
+            # Where a mask lets every token see itself, padding sees no other. The last patch of a causal mask does.
+            forced = itself.all(dim=2, keepdim=True) & ~sees.any(dim=3)
+            real = sees.any(dim=2) | (itself & ~forced)
+        size = size * real.any(dim=1)[:, state.num_prefix_tokens :]
     identity = torch.arange(patches, device=device).expand(batch, -1)
     return Merged(size, identity, identity)
-
-
-def _assign(
-    plan: Plan, state: Pass, before: Merged, image_tokens: Tensor, evidence: list[Evidence], keep: int
-) -> Assignment:
-    """Decide which image tokens stay, and which of them takes each of the others."""
-    similarity = cosine_similarity(_descriptors(plan, state, before, image_tokens, evidence))
-    importance = _importance(plan, state, before, evidence).masked_fill(before.size == 0, -1)
-    crucial, rest = select(similarity, importance, keep) if plan.config.distinctiveness else split(importance, keep)
-    return Assignment(crucial, rest, match(similarity, crucial, rest, before.size))
 
 
 def _importance(plan: Plan, state: Pass, before: Merged, evidence: list[Evidence]) -> Tensor:
     """Return the importance of the image tokens [B, T], in float32."""
     if not plan.class_queries and not plan.mean_query:
         return torch.ones_like(before.size)
-    prefix = plan.num_prefix_tokens
+    prefix = state.num_prefix_tokens
     log_size = plan.log_size(state)
     scores = []
     for seen in evidence:
@@ -87,9 +120,10 @@ def _importance(plan: Plan, state: Pass, before: Merged, evidence: list[Evidence
             bias = torch.cat((bias[:, :, : plan.class_queries], bias.amax(dim=2, keepdim=True)), dim=2)
             bias = bias if plan.mean_query else bias[:, :, :-1]
         if plan.mean_query:
-            mean = mean_query(seen.query[:, :, prefix:], before.size if state.merged else None)
+            counted = state.merged is not None or seen.bias is not None
+            mean = mean_query(seen.query[:, :, prefix:], before.size if counted else None)
             queries = torch.cat((queries, mean), dim=2)
-        scores.append(query_row_attention(queries, seen.key, seen.scale, bias, seen.head_weight))
+        scores.append(query_row_attention(queries, seen.key, seen.scale, bias, seen.head_weight, seen.head_mix))
     score = torch.stack(scores).mean(dim=0)[:, prefix:]
     score = _multi_scale("importance", plan, state, before, score[:, :, None])[:, :, 0]
     # The root keeps the few tokens on which attention piles up from outweighing distinctiveness. The constant lets
@@ -104,7 +138,7 @@ def _descriptors(plan: Plan, state: Pass, before: Merged, image_tokens: Tensor, 
         descriptors = image_tokens
     else:
         layers = [seen.key if kind == "keys" else seen.value for seen in evidence]
-        descriptors = torch.cat([x[:, :, plan.num_prefix_tokens :].transpose(1, 2).flatten(2) for x in layers], dim=2)
+        descriptors = torch.cat([x[:, :, state.num_prefix_tokens :].transpose(1, 2).flatten(2) for x in layers], dim=2)
     return _multi_scale("descriptors", plan, state, before, descriptors)
 
 

@@ -7,15 +7,17 @@ compiles, exports and deep-copies like any other. (A wrapt proxy around a block 
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, ClassVar, NamedTuple, TypeVar
+from typing import Any, ClassVar, NamedTuple, TypeAlias, TypeVar
 
 import torch
 from timm.models import checkpoint
 from torch import Tensor, nn
 
 from token_merge_plugin.attention import attention
+from token_merge_plugin.config import default_stages
 from token_merge_plugin.errors import PatchStateError, UnsupportedModelError
-from token_merge_plugin.reduction import reduce_tokens
+from token_merge_plugin.merging import restore
+from token_merge_plugin.reduction import merge_within, reduce_tokens
 from token_merge_plugin.state import Evidence, Merged, Pass, Plan
 
 
@@ -23,7 +25,7 @@ class Place(NamedTuple):
     """Where a patched module stands: the attribute `_token_merge` of each of them."""
 
     plan: Plan
-    block: int
+    block: int  # -1: the model itself
 
 
 class Patched(nn.Module):
@@ -83,6 +85,12 @@ class PatchedModel(Patched):
         finally:
             plan.close_edge(outer)
 
+    def prune_intermediate_layers(self: Any, *args: Any, **kwargs: Any) -> Any:
+        kept = super().prune_intermediate_layers(*args, **kwargs)  # type: ignore[misc]
+        adapter: Any = find_adapter(self)
+        self._token_merge.plan.shorten(len(adapter.blocks(self)))  # `kept` may count runs of blocks
+        return kept
+
     @property
     def grad_checkpointing(self) -> bool:
         # timm would recompute a block alone, without the state of its pass: blocks do it themselves, and timm's own
@@ -111,38 +119,45 @@ class PatchedBlock(Patched):
         """Run the block on merged tokens."""
         return super().forward(x, *args, **kwargs)
 
+    def num_prefix_tokens(self) -> int:
+        """Return the number of tokens in front of the image tokens, for this block."""
+        return self._token_merge.plan.num_prefix_tokens
+
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         plan, block = self._token_merge
-        if block < plan.first_block:
+        span = plan.spans.get(block)
+        if span is None:
             if plan.checkpointing and torch.is_grad_enabled():
                 return checkpoint(super().forward, x, *args, **kwargs)
             return super().forward(x, *args, **kwargs)
         edge = plan.edge()
         keep_grid = edge is not None and edge.keep_grid
-        if block == plan.first_block:
-            state = plan.begin(x.shape[1] - plan.num_prefix_tokens)
+        prefix = self.num_prefix_tokens()
+        if block == span.start:
+            state = plan.begin(x.shape[1], prefix)
         else:
             current = plan.current()
             if current is None:  # called on its own, outside a pass
                 return super().forward(x, *args, **kwargs)
             state = current
+            state.num_prefix_tokens = prefix
             expected = state.num_patches if keep_grid or state.merged is None else state.merged.size.shape[1]
-            if x.shape[1] != plan.num_prefix_tokens + expected:
+            if x.shape[1] != prefix + expected:
                 raise PatchStateError(
-                    f"Block {block} was given {x.shape[1]} tokens where the pass under way has "
-                    f"{plan.num_prefix_tokens + expected}. Token merging needs the blocks to follow one another, with "
-                    "no tokens added or taken away between them."
+                    f"Block {block} was given {x.shape[1]} tokens where the pass under way has {prefix + expected}. "
+                    "Token merging needs the blocks to follow one another, with no tokens added or taken away between "
+                    "them."
                 )
         if keep_grid:
             x = plan.take_tokens(state, x)
         if plan.checkpointing and torch.is_grad_enabled():
-            before = state.num_patches, state.grid_size, state.merged
-            x, state.merged = checkpoint(self._recompute, x, before, *args, **kwargs)
+            x, state.merged = checkpoint(self._recompute, x, state.arguments(), *args, **kwargs)
         else:
             x = self._run(state, x, *args, **kwargs)
-        if keep_grid or block == plan.last_block:
+        last = block == span.stop - 1
+        if keep_grid or last:
             x = plan.restore(state, x)
-        if block == plan.last_block:
+        if last:
             plan.install(None)
         return x
 
@@ -152,9 +167,7 @@ class PatchedBlock(Patched):
             return self.stage_forward(x, lambda x: reduce_tokens(plan, state, x, block), *args, **kwargs)
         return self.later_forward(x, *args, **kwargs)
 
-    def _recompute(
-        self, x: Tensor, before: tuple[int, tuple[int, int] | None, Merged | None], *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Merged | None]:
+    def _recompute(self, x: Tensor, before: tuple, *args: Any, **kwargs: Any) -> tuple[Tensor, Merged | None]:
         """Run the block from its arguments alone: in the backward pass, no other pass is under way."""
         plan = self._token_merge.plan
         state = Pass(*before)
@@ -163,6 +176,41 @@ class PatchedBlock(Patched):
             return self._run(state, x, *args, **kwargs), state.merged
         finally:
             plan.install(outer)
+
+
+class PatchedGridBlock(Patched):
+    """Mixin for a block whose input and output are the full grid, since what follows needs it.
+
+    Tokens are merged on entry, the block computes its update for the merged ones, and each token receives the update
+    of the token that holds it: in the residual stream every token keeps a value of its own.
+    """
+
+    def update_fewer(
+        self,
+        tokens: Tensor,
+        grid_size: tuple[int, int],
+        update: Callable[[Tensor], Tensor],
+        apart: Tensor | None = None,
+    ) -> Tensor:
+        """Return tokens + update(tokens), with the update computed for fewer tokens.
+
+        Args:
+            tokens: [W, T, C], windows of the grid, or whole grids.
+            grid_size: (height, width) of a window.
+            update: [W, K, C] -> [W, K, C].
+            apart: as in `reduction.merge_within`.
+        """
+        plan, block = self._token_merge
+        merged_tokens, merged = merge_within(tokens, grid_size, plan.schedule[block], apart)
+        outer = plan.install(Pass(tokens.shape[1], 0, grid_size, merged))
+        try:
+            return tokens + restore(update(merged_tokens), merged.token_map)
+        finally:
+            plan.install(outer)
+
+    def per_image(self, drop_path: nn.Module, x: Tensor, batch: int) -> Tensor:
+        """Drop the path of whole images, not of their windows."""
+        return drop_path(x.unflatten(0, (batch, -1))).flatten(0, 1)
 
 
 class PatchedAttention(Patched):
@@ -175,7 +223,7 @@ class PatchedAttention(Patched):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         plan, block = self._token_merge
         state = plan.current()
-        if block < plan.first_block or state is None or (state.merged is None and block not in plan.schedule):
+        if block not in plan.spans or state is None or (state.merged is None and block not in plan.schedule):
             return super().forward(x, *args, **kwargs)
         return self.merged_forward(x, *args, **kwargs)
 
@@ -188,15 +236,19 @@ def attend(
     attn_mask: Tensor | None = None,
     is_causal: bool = False,
     *,
+    position_bias: Tensor | None = None,
+    scale: float | None = None,
     dropout: float = 0.0,
     head_weight: Tensor | None = None,
 ) -> Tensor:
     """Attend in a patched module, with the sizes of the tokens counted, and note the evidence if it is a stage.
 
     Args:
-        module: has `scale` and `fused_attn`, as timm's attention layers do.
+        module: has `scale` and, as a rule, `fused_attn`, as timm's attention layers do.
         query, key, value: [B, H, P + K, D]; see `attention.attention`.
         attn_mask, is_causal: as the model was given them, for all patches.
+        position_bias: for all patches, added to the logits; see `Plan.position_bias`.
+        scale: factor of the logits, if not the module's.
         dropout: probability of dropping an attention weight in training.
         head_weight: [H]; see `importance.query_row_attention`.
 
@@ -205,19 +257,26 @@ def attend(
     """
     plan, block = module._token_merge
     state = plan.current()
+    scale = module.scale if scale is None else scale
     bias, counts_sizes = plan.bias(state, attn_mask, is_causal, query)
     if block in plan.schedule:
-        state.evidence.append(Evidence(query, key, value, module.scale, bias, head_weight))
+        state.evidence.append(Evidence(query, key, value, scale, bias, head_weight))
+    if position_bias is not None:
+        position_bias = plan.position_bias(state, position_bias)
+        bias = position_bias if bias is None else bias + position_bias
     return attention(
         query,
         key,
         value,
-        scale=module.scale,
+        scale=scale,
         bias=bias,
         log_size=None if counts_sizes else plan.log_size(state),
         dropout=dropout if module.training else 0.0,
-        fused=module.fused_attn,
+        fused=getattr(module, "fused_attn", False),
     )
+
+
+Known: TypeAlias = Mapping[type[nn.Module], type[Patched]]
 
 
 class Adapter:
@@ -226,16 +285,41 @@ class Adapter:
     Attributes:
         family: name of the family, as `UnsupportedModelError` and the documentation list it.
         timm_modules: names of the timm modules whose models it serves, such as "vision_transformer".
-        model_mixin: mixin for the model itself.
+        example: timm's name of a typical model, for the list of families.
+        reduces: what runs on fewer tokens, in a few words, for the list of families.
+        restores: where the full grid is restored, likewise.
+        known_blocks, known_attention: {class: mixin} of blocks and attention layers, whose forward is known by them.
+        in_rows: image tokens are in the order of the grid's rows, so that their neighbours are known.
+        model_mixin: mixin for the model itself; None where each block restores the grid itself.
     """
 
     family: ClassVar[str]
     timm_modules: ClassVar[tuple[str, ...]] = ()
-    model_mixin: ClassVar[type[PatchedModel]] = PatchedModel
+    example: ClassVar[str] = ""
+    reduces: ClassVar[str] = "image tokens, from stage to stage"
+    restores: ClassVar[str] = "behind the last block"
+    in_rows: ClassVar[bool] = True
+    known_blocks: ClassVar[Known] = {}
+    known_attention: ClassVar[Known] = {}
+    model_mixin: ClassVar[type[Patched] | None] = PatchedModel
+
+    def serves(self, model: Any) -> bool:
+        """Return whether this model of the registered class is one of the family."""
+        return True
 
     def blocks(self, model: Any) -> list[nn.Module]:
-        """Return the model's blocks in their order."""
+        """Return the model's blocks in their order: `stages` and `keep_rate` count them."""
         return list(model.blocks)
+
+    def sections(self, model: Any) -> list[range]:
+        """Return the runs of blocks through which tokens may stay fewer; behind each, the grid is restored."""
+        return [range(len(self.blocks(model)))]
+
+    def default_stages(self, model: Any) -> tuple[int, ...]:
+        """Return the blocks that reduce tokens if nothing else is asked for."""
+        return tuple(
+            section.start + stage for section in self.sections(model) for stage in default_stages(len(section))
+        )
 
     def num_prefix_tokens(self, model: Any) -> int:
         """Return the number of tokens in front of the image tokens."""
@@ -253,16 +337,36 @@ class Adapter:
         """Return (height, width) of the patch grid, or None where it depends on the image."""
         return None
 
+    def layers(self, block: Any) -> list[Any]:
+        """Return the attention layers of a block."""
+        return [block.attn]
+
     def mixins(self, block: Any) -> Iterator[tuple[nn.Module, type[Patched]]]:
         """Yield the modules to patch in a block, itself included, each with its mixin.
 
         Raises:
             UnsupportedModelError: a part of the block is not known.
         """
-        raise NotImplementedError
+        yield block, known_mixin(block, self.known_blocks)
+        for layer in self.layers(block):
+            yield layer, known_mixin(layer, self.known_attention)
 
 
-def known_mixin(module: nn.Module, known: Mapping[type[nn.Module], type[Patched]]) -> type[Patched]:
+class GridAdapter(Adapter):
+    """An adapter of a family whose blocks are each a `PatchedGridBlock`: merged on entry, restored behind it."""
+
+    reduces = "tokens of each window, in attention and MLP"
+    restores = "behind each block"
+    model_mixin = None
+
+    def default_stages(self, model: Any) -> tuple[int, ...]:
+        return tuple(range(len(self.blocks(model))))
+
+    def num_prefix_tokens(self, model: Any) -> int:
+        return 0
+
+
+def known_mixin(module: nn.Module, known: Known) -> type[Patched]:
     """Return the mixin for a module whose forward is that of a known class.
 
     Args:
@@ -312,8 +416,7 @@ def register_adapter(*model_classes: type[nn.Module]) -> Callable[[AdapterClass]
     """
 
     def register(adapter: AdapterClass) -> AdapterClass:
-        for model_class in model_classes:
-            _registry[model_class] = adapter()
+        _registry.update(dict.fromkeys(model_classes, adapter()))
         return adapter
 
     return register

@@ -1,12 +1,12 @@
 """Adapter for timm's vision_transformer.py and deit.py, and for what is built from them: hybrids, ViTamin."""
 
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 import timm.models.vision_transformer as vit
 import torch
 from timm.layers import Attention
-from torch import Tensor, nn
+from torch import Tensor
 
 from token_merge_plugin.adapters.base import (
     Adapter,
@@ -15,7 +15,6 @@ from token_merge_plugin.adapters.base import (
     PatchedBlock,
     PatchedModel,
     attend,
-    known_mixin,
     register_adapter,
 )
 
@@ -80,7 +79,7 @@ class MergingDiffAttention(PatchedAttention):
 class MergingBlock(PatchedBlock):
     """timm's `Block`."""
 
-    parts = ("norm1", "attn", "ls1", "drop_path1", "norm2", "mlp", "ls2", "drop_path2")
+    parts: ClassVar[tuple[str, ...]] = ("norm1", "attn", "ls1", "drop_path1", "norm2", "mlp", "ls2", "drop_path2")
 
     def stage_forward(self: Any, x: Tensor, reduce: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> Tensor:
         x = reduce(x + self.drop_path1(self.ls1(self.attn(self.norm1(x), *args, **kwargs))))
@@ -169,32 +168,23 @@ class MergingVisionTransformer(PatchedModel):
             edge.grid_size = (x.shape[1], x.shape[2])
         return super()._pos_embed(x)  # type: ignore[misc]
 
-    def prune_intermediate_layers(self: Any, *args: Any, **kwargs: Any) -> Any:
-        kept = super().prune_intermediate_layers(*args, **kwargs)  # type: ignore[misc]
-        self._token_merge.plan.last_block = len(self.blocks) - 1
-        return kept
-
-
-ATTENTION: dict[type[nn.Module], type[Patched]] = {
-    Attention: MergingAttention,
-    vit.DiffAttention: MergingDiffAttention,
-}
-BLOCKS: dict[type[nn.Module], type[Patched]] = {
-    vit.Block: MergingBlock,
-    vit.ResPostBlock: MergingResPostBlock,
-    vit.ParallelThingsBlock: MergingParallelThingsBlock,
-    vit.ParallelScalingBlock: MergingParallelScalingBlock,
-    vit.DiffParallelScalingBlock: MergingDiffParallelScalingBlock,
-}
-
 
 @register_adapter(vit.VisionTransformer)
 class VisionTransformerAdapter(Adapter):
     """Everything that timm builds from `VisionTransformer`, its subclass for the distilled DeiT included."""
 
     family = "ViT and DeiT"
-    timm_modules = ("vision_transformer", "deit", "vision_transformer_hybrid", "vitamin")
-    model_mixin = MergingVisionTransformer
+    timm_modules: ClassVar[tuple[str, ...]] = ("vision_transformer", "deit", "vision_transformer_hybrid", "vitamin")
+    example = "deit_small_patch16_224"
+    model_mixin: ClassVar[type[Patched] | None] = MergingVisionTransformer
+    known_blocks = {
+        vit.Block: MergingBlock,
+        vit.ResPostBlock: MergingResPostBlock,
+        vit.ParallelThingsBlock: MergingParallelThingsBlock,
+        vit.ParallelScalingBlock: MergingParallelScalingBlock,
+        vit.DiffParallelScalingBlock: MergingDiffParallelScalingBlock,
+    }
+    known_attention = {Attention: MergingAttention, vit.DiffAttention: MergingDiffAttention}
 
     def num_class_tokens(self, model: Any) -> int:
         return int(model.has_class_token) + int(hasattr(model, "dist_token"))
@@ -204,14 +194,9 @@ class VisionTransformerAdapter(Adapter):
         return model.has_class_token and model.global_pool in ("token", "")
 
     def grid_size(self, model: Any) -> tuple[int, int] | None:
-        return None if model.dynamic_img_size else tuple(model.patch_embed.grid_size)
+        return None if getattr(model, "dynamic_img_size", False) else tuple(model.patch_embed.grid_size)
 
-    def mixins(self, block: Any) -> Iterator[tuple[nn.Module, type[Patched]]]:
-        yield block, known_mixin(block, BLOCKS)
-        layers: list[Any]
+    def layers(self, block: Any) -> list[Any]:
         if isinstance(block, vit.ParallelThingsBlock):
-            layers = [branch.attn for branch in block.attns]
-        else:  # the parallel scaling blocks attend themselves
-            layers = [block.attn] if hasattr(block, "attn") else []
-        for layer in layers:
-            yield layer, known_mixin(layer, ATTENTION)
+            return [branch.attn for branch in block.attns]
+        return [block.attn] if hasattr(block, "attn") else []  # the parallel scaling blocks attend themselves

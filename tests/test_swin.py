@@ -1,0 +1,178 @@
+"""What is particular to grids, on Swin Transformers: cells, windows, shifts, padding."""
+
+import pytest
+import timm
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from token_merge_plugin import ConfigError, apply
+from token_merge_plugin.config import tokens_kept
+from token_merge_plugin.counting import count_macs
+from token_merge_plugin.listing import on_meta
+from token_merge_plugin.merging import cells, join_windows, windows
+from token_merge_plugin.reduction import merge_within
+
+SMALL = {"embed_dim": 32, "depths": (2, 2), "num_heads": (2, 4), "num_classes": 5}
+MODELS = {
+    "Swin": ("swin_tiny_patch4_window7_224", SMALL),
+    "Swin V2": ("swinv2_tiny_window8_256", SMALL),
+    "Swin V2 cr": ("swinv2_cr_tiny_224", SMALL),
+    "Swin V2 cr, norms in the residual stream": ("swinv2_cr_tiny_ns_224", SMALL | {"extra_norm_period": 1}),
+}
+every_model = pytest.mark.parametrize("kind", MODELS)
+
+
+def make(kind, seed=0, **options):
+    torch.manual_seed(seed)
+    name, small = MODELS[kind]
+    model = timm.create_model(name, **small | {"img_size": 112} | options).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.05)
+    return model
+
+
+@given(st.integers(1, 40), st.integers(1, 40))
+def test_cells_are_rectangles_that_hold_each_token_once(height, width):
+    index = cells(height, width)
+    assert sorted(index.flatten().tolist()) == list(range(height * width))
+    for cell in index:
+        rows, columns = cell // width, cell % width
+        assert (rows.max() - rows.min() + 1) * (columns.max() - columns.min() + 1) == len(cell)
+
+
+@given(st.integers(1, 3), st.integers(1, 4), st.integers(1, 4), st.integers(1, 4), st.integers(1, 4))
+def test_windows_are_cut_row_by_row_and_joined_again(batch, rows, columns, height, width):
+    grid = torch.randn(batch, rows * height, columns * width, 2)
+    cut = windows(grid, height, width)
+    for b in range(batch):
+        for i in range(rows):
+            for j in range(columns):
+                window = grid[b, i * height : (i + 1) * height, j * width : (j + 1) * width]
+                assert torch.equal(cut[(b * rows + i) * columns + j], window.reshape(-1, 2))
+    assert torch.equal(join_windows(cut, height, width, (rows * height, columns * width)), grid)
+
+
+@given(
+    st.integers(1, 3), st.sampled_from([(7, 7), (8, 16), (12, 12), (5, 3)]), st.floats(0.05, 0.95), st.integers(0, 99)
+)
+def test_merging_within_cells_is_a_partition_of_each_window(batch, grid_size, keep_rate, seed):
+    patches = grid_size[0] * grid_size[1]
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(batch, patches, 4, generator=generator).double()
+    tokens, merged = merge_within(x, grid_size, keep_rate)
+    index = cells(*grid_size)
+    kept = len(index) * tokens_kept(index.shape[1], keep_rate)
+    assert tokens.shape == (batch, kept, 4)
+    own = merged.token_map.gather(1, merged.representative)
+    assert torch.equal(own, torch.arange(kept).expand(batch, -1))  # a token holds its representative
+    for b in range(batch):
+        assert merged.token_map[b].bincount(minlength=kept).tolist() == merged.size[b].tolist()
+        for k in range(kept):
+            held = (merged.token_map[b] == k).nonzero()[:, 0]
+            torch.testing.assert_close(tokens[b, k], x[b, held].mean(0))
+            assert sum(set(held.tolist()) <= set(cell.tolist()) for cell in index) == 1
+
+
+@given(st.integers(0, 99), st.floats(0.3, 0.95))
+def test_tokens_that_are_to_stay_apart_are_not_merged(seed, keep_rate):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(4, 49, 4, generator=generator)
+    region = torch.randint(0, 3, (2, 49), generator=generator)  # two windows an image, two images
+    _, merged = merge_within(x, (7, 7), keep_rate, region[:, :, None] != region[:, None, :])
+    for window in range(4):
+        for token in range(merged.size.shape[1]):
+            assert len(set(region[window % 2][merged.token_map[window] == token].tolist())) == 1
+
+
+@every_model
+@pytest.mark.parametrize("size", [112, 120, (72, 104)])
+@torch.no_grad()
+def test_a_keep_rate_that_merges_nothing_gives_the_unpatched_output(kind, size):
+    """Windows, shifts, masks, padding and bias as the unpatched block has them: 120 px are padded to windows."""
+    model = make(kind, img_size=size)
+    height, width = (size, size) if isinstance(size, int) else size
+    x = torch.randn(2, 3, height, width)
+    features, output = model.forward_features(x), model(x)
+    apply(model, 1 - 1e-9)
+    assert len([m for m in model.modules() if hasattr(m, "_token_merge")]) == 8  # blocks and attention layers
+    torch.testing.assert_close(model.forward_features(x), features, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(model(x), output, rtol=1e-4, atol=1e-5)
+    apply(model, 0.6)
+    assert model.forward_features(x).shape == features.shape
+    assert (model(x) - output).abs().max() > 1e-4
+
+
+@torch.no_grad()
+def test_image_sizes_that_change_from_call_to_call():
+    model = make("Swin", strict_img_size=False)
+    expected = [model(torch.full((1, 3, *size), 0.5)) for size in ((112, 112), (100, 140), (56, 64))]
+    apply(model, 1 - 1e-9)
+    for size, output in zip(((112, 112), (100, 140), (56, 64)), expected, strict=True):
+        torch.testing.assert_close(model(torch.full((1, 3, *size), 0.5)), output, rtol=1e-4, atol=1e-5)
+
+
+@every_model
+@torch.no_grad()
+def test_merging_equal_tokens_changes_nothing(kind):
+    """Blocks of patches of 4 kinds and no position: each window has at most 4 different tokens, padding included."""
+    model = make(kind, img_size=120)
+    for name, parameter in model.named_parameters():
+        if "relative_position_bias" in name or "cpb_mlp" in name or "meta_mlp" in name:
+            parameter.zero_()
+    kinds = torch.randn(4, 3, 4, 4)
+    x = kinds[torch.arange(900) % 4].view(30, 30, 3, 4, 4).permute(2, 0, 3, 1, 4).reshape(1, 3, 120, 120)
+    stage = (model.stages if hasattr(model, "stages") else model.layers)[0]
+    tokens = model.patch_embed(x)
+    tokens = tokens.permute(0, 2, 3, 1) if tokens.shape[1] == 32 else tokens
+    expected = stage.blocks[0](tokens)
+    apply(model, 0.4)
+    torch.testing.assert_close(stage.blocks[0](tokens), expected, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_each_token_keeps_a_value_of_its_own():
+    model = apply(make("Swin"), 0.3)
+    tokens = torch.randn(1, 28, 28, 32)
+    block = model.layers[0].blocks[1]
+    block.shift_size = (0, 0)
+    block.attn_mask = None
+    update = windows(block(tokens) - tokens, 7, 7)
+    for window in update:  # 15 different updates for 49 tokens
+        assert len(window.round(decimals=4).unique(dim=0)) <= 15
+    assert len(windows(block(tokens), 7, 7)[0].unique(dim=0)) == 49
+
+
+def test_whole_images_drop_their_path_in_training():
+    model = apply(make("Swin", drop_path_rate=0.999), 0.5).train()
+    block = model.layers[1].blocks[1]
+    tokens = torch.randn(8, 14, 14, 64)
+    changed = (block(tokens) != tokens).flatten(1)
+    for image in changed:
+        assert image.all() or not image.any()
+
+
+def test_options_that_need_attention_are_refused():
+    for options in (
+        {"similarity": "keys"},
+        {"importance": "mean_query"},
+        {"multi_scale": "importance"},
+        {"distinctiveness": False},
+    ):
+        with pytest.raises(ConfigError, match="merge tokens on entry"):
+            apply(make("Swin"), 0.5, **options)
+
+
+def test_stages_choose_the_blocks_that_are_reduced():
+    model = apply(make("Swin"), 0.5, stages=(2, 3))
+    patched = [hasattr(block, "_token_merge") for stage in model.layers for block in stage.blocks]
+    assert patched == [False, False, True, True]
+
+
+def test_a_swin_of_full_size_costs_at_most_four_fifths():
+    model, image = on_meta("swin_tiny_patch4_window7_224")
+    full = count_macs(model, image)
+    assert round(full / 1e9, 1) == 4.5
+    assert count_macs(apply(model, 0.7), image) <= 0.8 * full
+    assert tokens_kept(49, 0.7) == 35

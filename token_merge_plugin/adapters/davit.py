@@ -1,0 +1,125 @@
+"""Adapter for timm's davit.py: attention within windows, then between channels, and convolutions around both.
+
+The convolutions need the full grid, and cost little. Tokens are merged for the attention, window by window or cell
+by cell, and once more for the MLP.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import timm.models.davit as davit
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from token_merge_plugin.adapters.base import GridAdapter, PatchedAttention, PatchedGridBlock, attend, register_adapter
+from token_merge_plugin.merging import join_windows, take, windows
+
+
+class MergingDavitWindowAttention(PatchedAttention):
+    """timm's `WindowAttention` of DaViT."""
+
+    parts = ("qkv", "proj", "softmax")
+
+    def merged_forward(self: Any, x: Tensor) -> Tensor:
+        query, key, value = self.qkv(x).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        out = attend(self, query, key, value)
+        return self.proj(out.transpose(1, 2).flatten(2))
+
+
+class MergingChannelAttention(PatchedAttention):
+    """timm's `ChannelAttention`, whose products of channels are sums over the tokens."""
+
+    parts = ("qkv", "proj")
+
+    def merged_forward(self: Any, x: Tensor) -> Tensor:
+        query, key, value = self.qkv(x).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        key = key * self.scale * self.weight(x)
+        out = (key.transpose(2, 3) @ value).softmax(dim=-1) @ query.transpose(2, 3)  # [B, H, D, K]
+        return self.proj(out.permute(0, 3, 1, 2).flatten(2))
+
+    def weight(self: Any, x: Tensor) -> Tensor | float:
+        """Return how often each token counts, broadcastable to [B, H, K, D]."""
+        plan = self._token_merge.plan
+        if not plan.config.proportional_attention:
+            return 1.0
+        return plan.current().merged.size[:, None, :, None].to(x.dtype)
+
+
+class MergingChannelAttentionV2(MergingChannelAttention):
+    """timm's `ChannelAttentionV2`."""
+
+    def merged_forward(self: Any, x: Tensor) -> Tensor:
+        query, key, value = self.qkv(x).unflatten(2, (3, self.groups, -1)).permute(2, 0, 3, 1, 4)
+        terms = self._token_merge.plan.current().num_patches if self.dynamic_scale else self.head_dim
+        query = query * terms**-0.5 * self.weight(x)
+        out = (query.transpose(2, 3) @ key).softmax(dim=-1) @ value.transpose(2, 3)  # [B, H, D, K]
+        return self.proj(out.permute(0, 3, 1, 2).flatten(2))
+
+
+class MergingChannelBlock(PatchedGridBlock):
+    """timm's `ChannelBlock`."""
+
+    parts = ("cpe1", "norm1", "attn", "drop_path1", "cpe2", "norm2", "mlp", "drop_path2")
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        x = self.attention(self.cpe1(x).permute(0, 2, 3, 1))  # [B, H, W, C]
+        x = self.cpe2(x.permute(0, 3, 1, 2))
+        if self.mlp is None:
+            return x
+        x = self.on_fewer(x.permute(0, 2, 3, 1), lambda x: self.drop_path2(self.mlp(self.norm2(x))))
+        return x.permute(0, 3, 1, 2)
+
+    def attention(self: Any, x: Tensor) -> Tensor:
+        """Return x [B, H, W, C] with the update of the attention."""
+        return self.on_fewer(x, lambda x: self.drop_path1(self.attn(self.norm1(x))))
+
+    def on_fewer(self: Any, x: Tensor, update: Callable[[Tensor], Tensor]) -> Tensor:
+        """Call `update_fewer` with the whole grid, [B, H, W, C]."""
+        return self.update_fewer(x.flatten(1, 2), x.shape[1:3], update).unflatten(1, x.shape[1:3])
+
+
+class MergingSpatialBlock(MergingChannelBlock):
+    """timm's `SpatialBlock`."""
+
+    def attention(self: Any, x: Tensor) -> Tensor:
+        batch, height, width, _ = x.shape
+        rows, columns = self.window_size
+        padding = (0, 0, 0, -width % columns, 0, -height % rows)
+        real = apart = None
+        if any(padding):
+            # Equal values, so that padding is merged into padding; attention is given zeros, as without merging.
+            real = windows(F.pad(x.new_ones(1, height, width, 1), padding), rows, columns)  # [w, T, 1]
+            apart = real != real.transpose(1, 2)
+            x = F.pad(x, padding, value=1.0)
+        tokens = self.update_fewer(
+            windows(x, rows, columns), (rows, columns), lambda tokens: self.attend(tokens, batch, real), apart
+        )
+        return join_windows(tokens, rows, columns, (x.shape[1], x.shape[2]))[:, :height, :width]
+
+    def attend(self: Any, x: Tensor, batch: int, real: Tensor | None) -> Tensor:
+        """Return what attention adds to the tokens of all windows, [W, K, C]."""
+        x = self.norm1(x)
+        if real is not None:
+            representative = self._token_merge.plan.current().merged.representative
+            x = x * take(real.repeat(len(x) // len(real), 1, 1), representative)
+        return self.per_image(self.drop_path1, self.attn(x), batch)
+
+
+@register_adapter(davit.DaVit)
+class DaVitAdapter(GridAdapter):
+    """Everything that timm builds from `DaVit`; a window block and a channel block count as two."""
+
+    family = "DaViT"
+    timm_modules = ("davit",)
+    example = "davit_tiny"
+    reduces = "tokens, in window attention, channel attention and MLP"
+    restores = "behind each of them"
+    known_blocks = {davit.SpatialBlock: MergingSpatialBlock, davit.ChannelBlock: MergingChannelBlock}
+    known_attention = {
+        davit.WindowAttention: MergingDavitWindowAttention,
+        davit.ChannelAttention: MergingChannelAttention,
+        davit.ChannelAttentionV2: MergingChannelAttentionV2,
+    }
+
+    def blocks(self, model: Any) -> list[nn.Module]:
+        return [block for stage in model.stages for pair in stage.blocks for block in pair]

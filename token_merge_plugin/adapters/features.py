@@ -1,0 +1,38 @@
+"""Adapter for the feature extractors that timm takes a hierarchical model apart for (`features_only=True`).
+
+What is left is the model's stages, without the model. That is enough where each block restores the grid itself.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+from timm.models._features import FeatureDictNet
+from torch import nn
+
+from token_merge_plugin.adapters.base import GridAdapter, Patched, register_adapter, registered_adapters
+
+
+@register_adapter(FeatureDictNet)
+class FeatureNetAdapter(GridAdapter):
+    """timm's `FeatureDictNet` and `FeatureListNet`, of the blocks of any family whose blocks restore the grid."""
+
+    family = "features of these"
+
+    def serves(self, model: Any) -> bool:
+        return bool(self.blocks(model))
+
+    def blocks(self, model: Any) -> list[nn.Module]:
+        return [module for module in model.modules() if _owner(module)]
+
+    def mixins(self, block: Any) -> Iterator[tuple[nn.Module, type[Patched]]]:
+        owner = _owner(block)
+        assert owner is not None  # or it would not be a block
+        return owner.mixins(block)
+
+
+def _owner(block: nn.Module) -> GridAdapter | None:
+    """Return the adapter of the family that a block is of, or None."""
+    for adapter in registered_adapters():
+        if isinstance(adapter, GridAdapter) and isinstance(block, tuple(adapter.known_blocks)):
+            return adapter
+    return None

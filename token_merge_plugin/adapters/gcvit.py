@@ -1,0 +1,63 @@
+"""Adapter for timm's gcvit.py: windows, in every other block with queries that are the same in all of an image.
+
+Tokens are merged window by window on entry to a block, and every token gets its update back behind it.
+"""
+
+from typing import Any
+
+import timm.models.gcvit as gcvit
+from torch import Tensor, nn
+
+from token_merge_plugin.adapters.base import GridAdapter, PatchedAttention, PatchedGridBlock, attend, register_adapter
+from token_merge_plugin.merging import join_windows, take, windows
+
+
+class MergingGlobalAttention(PatchedAttention):
+    """timm's `WindowAttentionGlobal`: bias and global query of a token are those of its representative's position."""
+
+    parts = ("rel_pos", "qkv", "attn_drop", "proj", "proj_drop")
+
+    def merged_forward(self: Any, x: Tensor, q_global: Tensor | None = None) -> Tensor:
+        # [2 or 3, W, H, K, D]
+        projected = self.qkv(x).unflatten(2, (-1, self.num_heads, self.head_dim)).permute(2, 0, 3, 1, 4)
+        key, value = projected[-2], projected[-1]
+        if self.use_global and q_global is not None:
+            query = q_global.flatten(1, 2).repeat_interleave(len(x) // len(q_global), dim=0)  # [W, T, C]
+            query = take(query, self._token_merge.plan.current().merged.representative)
+            query = query.unflatten(2, (self.num_heads, self.head_dim)).transpose(1, 2)
+        else:
+            query = projected[0]
+        out = attend(self, query, key, value, position_bias=self.rel_pos.get_bias(), dropout=self.attn_drop.p)
+        return self.proj_drop(self.proj(out.transpose(1, 2).flatten(2)))
+
+
+class MergingGlobalContextBlock(PatchedGridBlock):
+    """timm's `GlobalContextVitBlock`."""
+
+    parts = ("norm1", "attn", "ls1", "drop_path1", "norm2", "mlp", "ls2", "drop_path2")
+
+    def forward(self: Any, x: Tensor, q_global: Tensor | None = None) -> Tensor:
+        batch, height, width, _ = x.shape
+        rows, columns = self.window_size
+        tokens = windows(x, rows, columns)
+        tokens = self.update_fewer(tokens, (rows, columns), lambda tokens: self.update(tokens, batch, q_global))
+        return join_windows(tokens, rows, columns, (height, width))
+
+    def update(self: Any, x: Tensor, batch: int, q_global: Tensor | None) -> Tensor:
+        """Return what attention and MLP add to the tokens of all windows, [W, K, C]."""
+        attended = self.per_image(self.drop_path1, self.ls1(self.attn(self.norm1(x), q_global)), batch)
+        return attended + self.per_image(self.drop_path2, self.ls2(self.mlp(self.norm2(x + attended))), batch)
+
+
+@register_adapter(gcvit.GlobalContextVit)
+class GlobalContextVitAdapter(GridAdapter):
+    """Everything that timm builds from `GlobalContextVit`."""
+
+    family = "GCViT"
+    timm_modules = ("gcvit",)
+    example = "gcvit_tiny"
+    known_blocks = {gcvit.GlobalContextVitBlock: MergingGlobalContextBlock}
+    known_attention = {gcvit.WindowAttentionGlobal: MergingGlobalAttention}
+
+    def blocks(self, model: Any) -> list[nn.Module]:
+        return [block for stage in model.stages for block in stage.blocks]

@@ -1,0 +1,108 @@
+"""Adapter for timm's twins.py: attention in windows, attention to a subsampled grid, and position convolutions.
+
+Tokens are merged on entry to a block, and every token gets its update back behind it, since convolutions follow.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import timm.models.twins as twins
+from torch import Tensor, nn
+
+from token_merge_plugin.adapters.base import (
+    GridAdapter,
+    Patched,
+    PatchedAttention,
+    PatchedGridBlock,
+    attend,
+    known_mixin,
+    register_adapter,
+)
+from token_merge_plugin.attention import attention
+from token_merge_plugin.merging import join_windows, windows
+
+
+class MergingLocalAttention(PatchedAttention):
+    """timm's `LocallyGroupedAttn`, on windows that are cut already."""
+
+    parts = ("qkv", "attn_drop", "proj", "proj_drop")
+
+    def merged_forward(self: Any, x: Tensor) -> Tensor:
+        query, key, value = self.qkv(x).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        out = attend(self, query, key, value, dropout=self.attn_drop.p)
+        return self.proj_drop(self.proj(out.transpose(1, 2).flatten(2)))
+
+
+class MergingGlobalAttention(PatchedAttention):
+    """timm's `GlobalSubSampleAttn`: merged tokens attend to the subsampled grid, which stays as it is."""
+
+    parts = ("q", "kv", "attn_drop", "proj", "proj_drop", "sr", "norm")
+
+    def merged_forward(self: Any, x: Tensor, grid: Tensor, size: tuple[int, int]) -> Tensor:
+        if self.sr is not None:
+            grid = self.norm(self.sr(grid.transpose(1, 2).unflatten(2, size)).flatten(2).transpose(1, 2))
+        query = self.q(x).unflatten(2, (self.num_heads, -1)).transpose(1, 2)
+        key, value = self.kv(grid).unflatten(2, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        dropout = self.attn_drop.p if self.training else 0.0
+        out = attention(query, key, value, scale=self.scale, dropout=dropout, fused=self.fused_attn)
+        return self.proj_drop(self.proj(out.transpose(1, 2).flatten(2)))
+
+
+class MergingLocalBlock(PatchedGridBlock):
+    """Twins' `Block` with attention in windows."""
+
+    parts = ("norm1", "attn", "drop_path1", "norm2", "mlp", "drop_path2")
+
+    def forward(self: Any, x: Tensor, size: tuple[int, int]) -> Tensor:
+        (height, width), side = size, self.attn.ws
+        if height % side or width % side:
+            # Padded windows have fewer tokens to merge than places: attention is left as it is, the MLP needs no
+            # windows.
+            x = x + self.drop_path1(self.attn(self.norm1(x), size))
+            return self.update_fewer(x, size, lambda tokens: self.drop_path2(self.mlp(self.norm2(tokens))))
+        batch = len(x)
+        x = self.update_fewer(
+            windows(x.unflatten(1, size), side, side), (side, side), lambda tokens: self.update(tokens, batch)
+        )
+        return join_windows(x, side, side, size).flatten(1, 2)
+
+    def update(self: Any, x: Tensor, batch: int) -> Tensor:
+        """Return what attention and MLP add to the tokens of all windows, [W, K, C]."""
+        attended = self.per_image(self.drop_path1, self.attn(self.norm1(x)), batch)
+        return attended + self.per_image(self.drop_path2, self.mlp(self.norm2(x + attended)), batch)
+
+
+class MergingGlobalBlock(PatchedGridBlock):
+    """Twins' `Block` with attention to a subsampled grid."""
+
+    parts = MergingLocalBlock.parts
+
+    def forward(self: Any, x: Tensor, size: tuple[int, int]) -> Tensor:
+        return self.update_fewer(x, size, lambda tokens: self.update(tokens, x, size))
+
+    def update(self: Any, x: Tensor, grid: Tensor, size: tuple[int, int]) -> Tensor:
+        """Return what attention and MLP add to merged tokens of the grid, [B, K, C]."""
+        attended = self.drop_path1(self.attn(self.norm1(x), self.norm1(grid), size))
+        return attended + self.drop_path2(self.mlp(self.norm2(x + attended)))
+
+
+@register_adapter(twins.Twins)
+class TwinsAdapter(GridAdapter):
+    """Twins-PCPVT and Twins-SVT."""
+
+    family = "Twins"
+    timm_modules = ("twins",)
+    example = "twins_svt_small"
+    reduces = "tokens of each window, or of each cell of the grid as queries, in attention and MLP"
+    known_attention = {
+        twins.LocallyGroupedAttn: MergingLocalAttention,
+        twins.GlobalSubSampleAttn: MergingGlobalAttention,
+    }
+
+    def blocks(self, model: Any) -> list[nn.Module]:
+        return [block for blocks in model.blocks for block in blocks]
+
+    def mixins(self, block: Any) -> Iterator[tuple[nn.Module, type[Patched]]]:
+        local = isinstance(block.attn, twins.LocallyGroupedAttn)
+        yield block, known_mixin(block, {twins.Block: MergingLocalBlock if local else MergingGlobalBlock})
+        yield block.attn, known_mixin(block.attn, self.known_attention)

@@ -1,0 +1,81 @@
+"""Which families are served: what runs on fewer tokens, where the grid is restored, and what is left of the work."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import timm
+import torch
+from torch import Tensor, nn
+
+from token_merge_plugin.counting import count_macs
+from token_merge_plugin.patching import apply, models_by_adapter
+
+
+@dataclass(frozen=True)
+class FamilyRow:
+    """A family, as `token-merge list` shows it.
+
+    Attributes:
+        family: its name.
+        modules: names of the timm modules that define it.
+        models: number of timm's models.
+        reduces: what runs on fewer tokens.
+        restores: where the full grid is restored.
+        shares: smallest and largest share of the multiply-adds that is left, in (0, 1].
+    """
+
+    family: str
+    modules: tuple[str, ...]
+    models: int
+    reduces: str
+    restores: str
+    shares: tuple[float, float]
+
+
+def list_families(
+    keep_rate: float = 0.7, *, every_model: bool = False, progress: Callable[[int], object] | None = None
+) -> list[FamilyRow]:
+    """Return a row for each registered family that timm has models of.
+
+    Args:
+        keep_rate: at which the share of multiply-adds is counted.
+        every_model: count for every model of the family, not only for the typical one that its adapter names.
+        progress: called as progress(1) after each model that was counted.
+    """
+    rows = []
+    for adapter, names in models_by_adapter().items():
+        shares = []
+        for name in names if every_model else [adapter.example]:
+            model, images = on_meta(name)
+            full = count_macs(model, images)
+            shares.append(count_macs(apply(model, keep_rate), images) / full)
+            if progress is not None:
+                progress(1)
+        modules = tuple(module for module in adapter.timm_modules if module in timm.list_modules())
+        rows.append(
+            FamilyRow(
+                adapter.family, modules, len(names), adapter.reduces, adapter.restores, (min(shares), max(shares))
+            )
+        )
+    return rows
+
+
+def on_meta(name: str) -> tuple[nn.Module, Tensor]:
+    """Build a model of timm, and an image of its own size, without any numbers in them: enough to count with."""
+    with torch.device("meta"):
+        model: Any = timm.create_model(name).eval()
+        return model, torch.zeros(1, *model.pretrained_cfg["input_size"])
+
+
+def format_families(rows: Sequence[FamilyRow], keep_rate: float = 0.7) -> str:
+    """Return the rows as a table for the terminal, which is also a table in Markdown."""
+    lines = [("family", "timm modules", "models", "reduced", "restored", f"GMACs left at {keep_rate}")]
+    for row in rows:
+        least, most = (f"{share:.0%}" for share in row.shares)
+        share = least if least == most else f"{least} to {most}"
+        lines.append((row.family, ", ".join(row.modules), str(row.models), row.reduces, row.restores, share))
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    padded = [[cell.ljust(width) for cell, width in zip(line, widths, strict=True)] for line in lines]
+    padded.insert(1, ["-" * width for width in widths])
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in padded)
