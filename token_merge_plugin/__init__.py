@@ -8,6 +8,8 @@
 After Bian et al., "Multi-Scale And Token Mergence: Make Your ViT More Efficient" (arXiv 2306.04897).
 """
 
+import timm
+
 from token_merge_plugin.adapters import Adapter, register_adapter
 from token_merge_plugin.config import MergeConfig
 from token_merge_plugin.errors import (
@@ -18,6 +20,10 @@ from token_merge_plugin.errors import (
     UnsupportedModelError,
 )
 from token_merge_plugin.patching import apply, remove, supported_models
+
+# Registers LV-ViT with timm, unless another package has: its models are served as well.
+if not timm.is_model("lvvit_s"):
+    import token_merge_plugin.models  # noqa: F401
 
 __version__ = "0.1.0"
 
