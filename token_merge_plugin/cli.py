@@ -5,11 +5,14 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import timm
 import torch
 
 from token_merge_plugin import __version__
 from token_merge_plugin.builtin import FOLDER, create_reference_model, load_images
 from token_merge_plugin.errors import TokenMergeError
+from token_merge_plugin.listing import format_families, list_families
+from token_merge_plugin.patching import models_by_adapter
 from token_merge_plugin.trial import format_table, run_trial
 
 
@@ -49,6 +52,18 @@ def _parser() -> argparse.ArgumentParser:
     trial.add_argument("--batch-size", type=_positive, default=50)
     trial.add_argument("--device", type=_device, default="cuda" if torch.cuda.is_available() else "cpu")
     trial.set_defaults(run=_trial)
+    families = commands.add_parser(
+        "list",
+        help="list the families of models that are served",
+        description="List the families of models that are served, what is reduced in each, where the grid is restored, "
+        "and the share of the multiply-adds that is left.",
+        epilog="example: token-merge list --keep-rate 0.5",
+    )
+    families.add_argument("--keep-rate", type=float, default=0.7, metavar="RATE")
+    families.add_argument(
+        "--all", action="store_true", help="count for every model, not for a typical one of each family (minutes)"
+    )
+    families.set_defaults(run=_list)
     return parser
 
 
@@ -79,6 +94,19 @@ def _trial(args: argparse.Namespace) -> None:
     print(f"Built-in ViT on {len(images)} test images of Fashion-MNIST, torch {torch.__version__}, {device}.\n")
     print(format_table(rows))
     print("\nagreement, KL: with the unpatched model's outputs. speed-up: median over batches, measured in turns.")
+
+
+def _list(args: argparse.Namespace) -> None:
+    from tqdm import tqdm
+
+    served = models_by_adapter()
+    models = sum(map(len, served.values()))
+    with tqdm(total=models if args.all else len(served), desc="counting", unit="model", leave=False) as bar:
+        rows = list_families(args.keep_rate, every_model=args.all, progress=bar.update)
+    print(format_families(rows, args.keep_rate))
+    print(
+        f"\n{models} models, timm {timm.__version__}. GMACs: of {'all' if args.all else 'a typical one'} of the models."
+    )
 
 
 if __name__ == "__main__":
