@@ -95,11 +95,11 @@ def test_a_keep_rate_that_merges_nothing_gives_the_unpatched_output(kind, size):
     height, width = (size, size) if isinstance(size, int) else size
     x = torch.randn(2, 3, height, width)
     features, output = model.forward_features(x), model(x)
-    apply(model, 1 - 1e-9)
+    apply(model, 1 - 1e-9, stages=range(4))
     assert len([m for m in model.modules() if hasattr(m, "_token_merge")]) == 8  # blocks and attention layers
     torch.testing.assert_close(model.forward_features(x), features, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(model(x), output, rtol=1e-4, atol=1e-5)
-    apply(model, 0.6)
+    apply(model, 0.6, stages=range(4))
     assert model.forward_features(x).shape == features.shape
     assert (model(x) - output).abs().max() > 1e-4
 
@@ -145,7 +145,7 @@ def test_each_token_keeps_a_value_of_its_own():
 
 
 def test_whole_images_drop_their_path_in_training():
-    model = apply(make("Swin", drop_path_rate=0.999), 0.5).train()
+    model = apply(make("Swin", drop_path_rate=0.999), 0.5, stages=(3,)).train()
     block = model.layers[1].blocks[1]
     tokens = torch.randn(8, 14, 14, 64)
     changed = (block(tokens) != tokens).flatten(1)
@@ -168,6 +168,14 @@ def test_stages_choose_the_blocks_that_are_reduced():
     model = apply(make("Swin"), 0.5, stages=(2, 3))
     patched = [hasattr(block, "_token_merge") for stage in model.layers for block in stage.blocks]
     assert patched == [False, False, True, True]
+
+
+def test_the_last_stage_of_the_network_is_not_reduced_by_default():
+    model = apply(make("Swin", depths=(2, 4)), 0.5)
+    patched = [hasattr(block, "_token_merge") for stage in model.layers for block in stage.blocks]
+    assert patched == [True, True, False, False, False, False]
+    single = apply(make("Swin", depths=(2,), num_heads=(2,)), 0.5)
+    assert all(hasattr(block, "_token_merge") for block in single.layers[0].blocks)
 
 
 def test_a_swin_of_full_size_costs_at_most_four_fifths():
