@@ -13,9 +13,10 @@ import timm
 import torch
 from timm.models import load_checkpoint
 from tqdm import tqdm
+from train_reference import MODELS, create_model
 
 import token_merge_plugin
-from token_merge_plugin.builtin import WEIGHTS, create_reference_model, load_images
+from token_merge_plugin.builtin import WEIGHTS, load_images
 from token_merge_plugin.trial import run_trial
 
 CONFIGS = {
@@ -31,25 +32,39 @@ CONFIGS = {
     "multi-scale descriptors": {"multi_scale": "descriptors"},
     "stages 2, 5, 8": {"stages": (2, 5, 8)},
 }
+# The Swin Transformer has 6 blocks on 14x14 tokens, which are the default stages, and 2 on 7x7.
+SWIN_CONFIGS = {
+    "default": {},
+    "no proportional attention": {"proportional_attention": False},
+    "all blocks": {"stages": range(8)},
+    "7x7 only": {"stages": (6, 7)},
+    "every other block": {"stages": (1, 3, 5, 7)},
+}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder of the four IDX files")
     parser.add_argument("--weights", type=Path, default=WEIGHTS, help="of examples/train_reference.py")
-    parser.add_argument("--global-pool", default="token", choices=["token", "avg"], help="as trained")
+    parser.add_argument("--model", default="vit", choices=MODELS, help="as trained")
     parser.add_argument("--split", default="t10k", choices=["t10k", "train"])
     parser.add_argument("--images", type=int, default=2000, help="use the first so many")
     parser.add_argument("--keep-rates", type=float, nargs="+", default=[0.7, 0.5])
+    parser.add_argument("--rows", nargs="+", help="names of the rows to measure (default: all)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
 
-    model = create_reference_model(pretrained=False, global_pool=args.global_pool, fc_norm=False)
+    model = create_model(args.model)
     load_checkpoint(model, str(args.weights))
+    configs = SWIN_CONFIGS if args.model == "swin" else CONFIGS
+    for name in args.rows or ():
+        if name not in configs:
+            parser.error(f"--rows {name!r} is not one of {', '.join(map(repr, configs))}")
+    configs = {name: configs[name] for name in args.rows or configs}
     images, labels = (x[: args.images].to(args.device) for x in load_images(args.data, args.split))
     model.to(args.device)
     contenders = [
-        token_merge_plugin.MergeConfig(rate, **options) for options in CONFIGS.values() for rate in args.keep_rates
+        token_merge_plugin.MergeConfig(rate, **options) for options in configs.values() for rate in args.keep_rates
     ]
     with tqdm(total=(1 + len(contenders)) * -(-len(images) // 50), desc="forward passes") as bar:
         unpatched, *rows = run_trial(model, images, labels, contenders, progress=bar.update)
@@ -58,7 +73,7 @@ def main() -> None:
     heads = [f"{rate}: {what}" for rate in args.keep_rates for what in ("reduction", "top-1", "agreement", "KL")]
     print("| options | " + " | ".join(heads) + " |")
     print("|---" + "|---:" * len(heads) + "|")
-    for i, name in enumerate(CONFIGS):
+    for i, name in enumerate(configs):
         cells = [
             f"{row.reduction:.1%} | {row.top1:.2%} | {row.agreement:.2%} | {row.kl:.1e}"
             for row in rows[i * len(args.keep_rates) :][: len(args.keep_rates)]

@@ -1,4 +1,4 @@
-r"""Train the built-in reference model on Fashion-MNIST, from scratch, on unmerged tokens.
+r"""Train the built-in reference model on Fashion-MNIST, or a relative of it, from scratch, on unmerged tokens.
 
     python examples/train_reference.py --data /usr/share/datasets/fashion-mnist --output vit_fashion_mnist.safetensors
 
@@ -9,25 +9,59 @@ again to go on after an interruption.
 
 An average-pooled model, from the built-in one:
 
-    python examples/train_reference.py --data ... --output vit_avg.safetensors --global-pool avg \
+    python examples/train_reference.py --data ... --output vit_avg.safetensors --model vit_avg \
         --init token_merge_plugin/builtin/vit_fashion_mnist.safetensors --schedule 1x0.75 --lr 2e-3
+
+A small Swin Transformer, whose windows need every patch:
+
+    python examples/train_reference.py --data ... --output swin.safetensors --model swin --schedule 5x0
 """
 
 import argparse
 import math
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 from timm.layers import PatchDropout
 from timm.models import load_checkpoint
+from timm.models.eva import Eva
+from timm.models.swin_transformer import SwinTransformer
 from timm.optim import create_optimizer_v2
 from tqdm import tqdm
 
 from token_merge_plugin.builtin import create_reference_model, load_images
 
 SCHEDULE = "6x0.75 1x0.5 1x0"
+MODELS = ("vit", "vit_avg", "vit_rope", "swin")
+
+
+def create_model(name: str) -> torch.nn.Module:
+    """Build one of `MODELS` with random weights, for 28x28 grey images and 10 classes.
+
+    "vit" is the built-in model, "vit_avg" the same with average pooling, "vit_rope" an average-pooled one whose only
+    positions are rotary, "swin" has 14x14 patches in windows of 7x7.
+    """
+    shared: dict[str, Any] = {"img_size": 28, "patch_size": 2, "in_chans": 1, "num_classes": 10}
+    if name == "swin":
+        return SwinTransformer(
+            **shared, embed_dim=64, depths=(6, 2), num_heads=(2, 4), window_size=7, drop_path_rate=0.0
+        )
+    if name == "vit_rope":
+        return Eva(
+            **shared,
+            embed_dim=96,
+            depth=12,
+            num_heads=3,
+            patch_drop_rate=0.5,
+            use_abs_pos_emb=False,
+            use_rot_pos_emb=True,
+            head_init_scale=1.0,
+        )
+    pool = "avg" if name == "vit_avg" else "token"
+    return create_reference_model(pretrained=False, patch_drop_rate=0.5, global_pool=pool, fc_norm=False)
 
 
 def read_schedule(text: str) -> list[float]:
@@ -57,7 +91,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder of the four IDX files")
     parser.add_argument("--output", type=Path, required=True, help="weights, written as fp16 safetensors")
     parser.add_argument("--schedule", default=SCHEDULE, help="epochs x share of the patches dropped, phase by phase")
-    parser.add_argument("--global-pool", default="token", choices=["token", "avg"])
+    parser.add_argument("--model", default="vit", choices=MODELS)
     parser.add_argument("--init", type=Path, help="weights to start from (default: random)")
     parser.add_argument("--batch-size", type=int, default=96)
     parser.add_argument("--lr", type=float, default=6e-3)
@@ -70,11 +104,12 @@ def main() -> None:
     device = torch.device(args.device)
     images, labels = (t.to(device) for t in load_images(args.data, "train"))
     drops = read_schedule(args.schedule)
-    model = create_reference_model(False, patch_drop_rate=0.5, global_pool=args.global_pool, fc_norm=False).to(device)
+    model = create_model(args.model).to(device)
     if args.init:
         load_checkpoint(model, str(args.init))
-    patch_drop = model.patch_drop  # its rate is set epoch by epoch
-    assert isinstance(patch_drop, PatchDropout)
+    patch_drop = getattr(model, "patch_drop", PatchDropout())  # its rate is set epoch by epoch
+    if any(drops) and not hasattr(model, "patch_drop"):
+        parser.error(f"--model {args.model} cannot drop patches: give a schedule such as 5x0")
     # Orthogonalised momentum (Muon) for the matrices, AdamW for the rest: fewer epochs than AdamW alone.
     optimizer = create_optimizer_v2(model, "muon", lr=args.lr, weight_decay=0.05, fallback_lr_scale=0.25)
 

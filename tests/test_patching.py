@@ -1,7 +1,10 @@
 """`apply`, `remove` and the registry: what they refuse, and that a refusal changes nothing."""
 
+import gc
 import threading
 import warnings
+import weakref
+from pathlib import Path
 
 import pytest
 import timm
@@ -23,6 +26,9 @@ from token_merge_plugin import (
     supported_models,
 )
 from token_merge_plugin.adapters import base, vit
+from token_merge_plugin.counting import count_macs
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
 def classes(model):
@@ -77,6 +83,14 @@ def test_class_attention_can_be_asked_for_where_the_class_token_is_not_read():
 def test_a_model_that_is_not_served_is_refused_by_name_and_the_families_are_listed():
     model = timm.create_model("resnet18")
     refused(model, UnsupportedModelError, r"ResNet is no model that is served.*Families served: ViT and DeiT")
+
+
+def test_a_feature_extractor_of_a_model_that_is_not_served_is_refused():
+    refused(timm.create_model("resnet18", features_only=True), UnsupportedModelError, "FeatureListNet is no model that")
+
+
+def test_a_family_that_was_looked_at_is_refused_with_the_reason():
+    refused(timm.create_model("pvt_v2_b0"), UnsupportedModelError, "PyramidVisionTransformerV2 .* each MLP has a conv")
 
 
 def test_something_that_is_no_module_is_refused():
@@ -173,6 +187,21 @@ def test_a_model_in_the_middle_of_a_forward_pass_is_refused(first, call):
     assert seen
     handle.remove()
     call(model)  # and when it has returned, it works
+
+
+@pytest.mark.parametrize("undo", [False, True])
+def test_a_patched_model_is_freed_with_its_last_reference(undo):
+    model = apply(make(), 0.5)
+    model(images(model))
+    if undo:
+        remove(model)
+    reference = weakref.ref(model)
+    gc.disable()  # without waiting for it to find cycles
+    try:
+        del model
+        assert reference() is None
+    finally:
+        gc.enable()
 
 
 def test_a_forward_pass_in_another_thread_is_noticed():
@@ -322,56 +351,30 @@ def test_supported_models_are_timms_names_of_the_families():
     assert names == sorted(names)
 
 
-def test_an_adapter_from_outside_the_package_serves_a_class_that_nobody_here_knows():
-    class Encoder(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.patches = nn.Linear(4, 16)
-            self.layers = nn.ModuleList(Block(16, 2) for _ in range(4))
-            self.seen = []
+def test_an_adapter_from_outside_the_package_serves_a_class_that_nobody_here_knows(monkeypatch):
+    monkeypatch.syspath_prepend(EXAMPLES)
+    from custom_model import CustomViT
 
-        def forward(self, x):
-            x = self.patches(x)
-            for layer in self.layers:
-                x = layer(x)
-            return x
-
-        def forward_features(self, x):
-            return self(x)
-
-    model = Encoder().eval()
-    x = torch.randn(2, 20, 4)
-    refused(model, UnsupportedModelError, "Encoder is no model that is served")
-
-    @register_adapter(Encoder)
-    class EncoderAdapter(vit.VisionTransformerAdapter):
-        family = "encoders"
-        timm_modules = ()
-        model_mixin = base.PatchedModel
-
-        def blocks(self, model):
-            return list(model.layers)
-
-        def num_prefix_tokens(self, model):
-            return 0
-
-        def num_class_tokens(self, model):
-            return 0
-
-        def reads_class_tokens(self, model):
-            return False
-
-        def grid_size(self, model):
-            return None
+    model = CustomViT().eval()
+    x = torch.randn(2, 3, 32, 32)
+    refused(model, UnsupportedModelError, "CustomViT is no model that is served")
+    expected, macs = model(x), count_macs(model, x)
+    import custom_adapter
 
     try:
-        expected = model(x)
         assert apply(model, 0.5)(x).shape == expected.shape
         assert not torch.equal(model(x), expected)
+        assert count_macs(model, x) < 0.7 * macs
+        assert model._token_merge.plan.class_queries == 1
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(x), model(x))
         assert torch.equal(remove(model)(x), expected)
-        assert "encoders" in [adapter.family for adapter in base.registered_adapters()]
+        assert "Custom ViT" in [adapter.family for adapter in base.registered_adapters()]
     finally:
-        del base._registry[Encoder]
+        del base._registry[CustomViT]
+    code = Path(custom_adapter.__file__).read_text()
+    assert len(code.splitlines()) < 40
+    assert code in (EXAMPLES.parent / "README.md").read_text()
 
 
 def test_the_nearest_registered_class_decides():

@@ -1,0 +1,35 @@
+"""`token-merge list`, and the table that it wrote into the README."""
+
+from pathlib import Path
+
+from token_merge_plugin import supported_models
+from token_merge_plugin.cli import main
+from token_merge_plugin.patching import models_by_adapter
+
+README = Path(__file__).parent.parent / "README.md"
+
+
+def cells(line):
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+def test_list_names_every_family_and_what_is_left_of_its_multiply_adds(capsys):
+    assert main(["list", "--keep-rate", "0.6"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert cells(lines[0])[-1] == "GMACs left at 0.6"
+    rows = [cells(line) for line in lines[2:] if line.startswith("|")]
+    assert [row[0] for row in rows] == [adapter.family for adapter in models_by_adapter()]
+    assert sum(int(row[2]) for row in rows) == len(supported_models())
+    assert all(all(row) for row in rows)
+    assert all(40 <= int(row[-1].rstrip("%")) <= 90 for row in rows)
+
+
+def test_the_table_of_the_readme_lists_the_families_that_are_served():
+    table = [cells(line) for line in README.read_text().splitlines() if line.startswith("| ") and "GMACs" not in line]
+    rows = {row[0]: row for row in table if len(row) == 6}
+    for adapter, names in models_by_adapter().items():
+        _, modules, models, reduces, restores, _ = rows[adapter.family]
+        assert modules == ", ".join(adapter.timm_modules)
+        # The table was written with the newest timm; an older one has fewer models.
+        assert len(names) <= int(models)
+        assert (reduces, restores) == (adapter.reduces, adapter.restores)
