@@ -35,6 +35,7 @@ KINDS = {
     "RoPE ViT, registers, gap": ("vit_mediumd_patch16_rope_reg1_gap_256", SMALL | {"img_size": 128}),
     "DINOv3": ("vit_small_patch16_dinov3", SMALL | {"img_size": 128}),
     "DINOv3, SwiGLU": ("vit_small_plus_patch16_dinov3", SMALL | {"img_size": 128}),
+    "Sapiens": ("vit_base_patch16_sapiens2", SMALL | {"img_size": 128, "num_kv_heads": (None, 2, 2, None)}),
     "Perception Encoder": ("vit_pe_core_tiny_patch16_384", SMALL | {"img_size": 128}),
     "Perception Encoder, spatial": ("vit_pe_spatial_tiny_patch16_512", SMALL | {"img_size": 128}),
     # swin_transformer.py, swin_transformer_v2.py, swin_transformer_v2_cr.py

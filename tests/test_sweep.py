@@ -15,7 +15,7 @@ pytestmark = pytest.mark.sweep
 
 # With more parameters than this, models run with fewer blocks of each kind; they are counted as they are.
 LARGE = 120_000_000
-SHALLOW = ({"depth": 4}, {"depths": (1, 1, 2, 1)}, {})
+SHALLOW = ({"depth": 4}, {"depth": 4, "num_kv_heads": (None, 4, 4, None)}, {"depths": (1, 1, 2, 1)}, {})
 # Smaller than the model's own input, where it can be chosen at all; the first that a model takes.
 SIZES = ({"img_size": 112}, {"img_size": 128}, {"img_size": 96}, {"img_size": 192}, {})
 
