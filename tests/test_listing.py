@@ -30,6 +30,5 @@ def test_the_table_of_the_readme_lists_the_families_that_are_served():
     for adapter, names in models_by_adapter().items():
         _, modules, models, reduces, restores, _ = rows[adapter.family]
         assert modules == ", ".join(adapter.timm_modules)
-        # The table was written with the newest timm; an older one has fewer models.
-        assert len(names) <= int(models)
+        assert len(names) >= int(models)  # a newer timm may have more than the one that wrote the table
         assert (reduces, restores) == (adapter.reduces, adapter.restores)
