@@ -169,3 +169,14 @@ def images(kind, batch=2, seed=1):
     torch.manual_seed(seed)
     size = KINDS[kind][1].get("img_size", 112)  # the others take any size
     return torch.randn(batch, 3, size, size)
+
+
+def fingerprint(model):
+    """Everything that `remove` has to bring back."""
+    return {
+        "classes": [(name, type(module)) for name, module in model.named_modules()],
+        "attributes": [(name, sorted(vars(module))) for name, module in model.named_modules()],
+        "hooks": [(name, list(module._forward_hooks)) for name, module in model.named_modules()],
+        "keys": list(model.state_dict()),
+        "buffers": [name for name, _ in model.named_buffers()],
+    }

@@ -10,23 +10,12 @@ from concurrent.futures import ThreadPoolExecutor
 import onnxruntime
 import pytest
 import torch
-from families import KINDS, images, make
+from families import KINDS, fingerprint, images, make
 
 from token_merge_plugin import apply, remove
 from token_merge_plugin.counting import count_macs
 
 every_kind = pytest.mark.parametrize("kind", KINDS)
-
-
-def fingerprint(model):
-    """Everything that `remove` has to bring back."""
-    return {
-        "classes": [(name, type(module)) for name, module in model.named_modules()],
-        "attributes": [(name, sorted(vars(module))) for name, module in model.named_modules()],
-        "hooks": [(name, list(module._forward_hooks)) for name, module in model.named_modules()],
-        "keys": list(model.state_dict()),
-        "buffers": [name for name, _ in model.named_buffers()],
-    }
 
 
 def shapes(output):

@@ -5,7 +5,8 @@ import gc
 import pytest
 import timm
 import torch
-from test_families import fingerprint, shapes
+from families import fingerprint
+from test_families import shapes
 
 from token_merge_plugin import UnsupportedModelError, apply, remove, supported_models
 from token_merge_plugin.counting import count_macs

@@ -5,6 +5,7 @@ import copy
 import pytest
 import timm
 import torch
+from families import fingerprint
 from models import DEPTH, IMAGE_SIZE, KINDS, TIMM_KINDS, images, make
 from torch import nn
 
@@ -20,17 +21,6 @@ every_small_kind = pytest.mark.parametrize("kind", KINDS)
 def _no_grad():
     with torch.no_grad():
         yield
-
-
-def fingerprint(model):
-    """Everything that `remove` has to bring back."""
-    return {
-        "classes": [(name, type(module)) for name, module in model.named_modules()],
-        "attributes": [(name, sorted(vars(module))) for name, module in model.named_modules()],
-        "hooks": [(name, list(module._forward_hooks)) for name, module in model.named_modules()],
-        "keys": list(model.state_dict()),
-        "buffers": [name for name, _ in model.named_buffers()],
-    }
 
 
 @every_kind

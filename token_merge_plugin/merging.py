@@ -145,12 +145,11 @@ def cells(height: int, width: int, device: torch.device | None = None) -> Tensor
 
     Comparing all tokens of a large window or grid with each other would cost as much as is saved.
     """
-    rows, columns = _cell_side(height), _cell_side(width)
-    index = torch.arange(height * width, device=device).view(height // rows, rows, width // columns, columns)
-    return index.transpose(1, 2).reshape(-1, rows * columns)
+    index = torch.arange(height * width, device=device).view(1, height, width, 1)
+    return windows(index, cell_side(height), cell_side(width)).squeeze(2)
 
 
-def _cell_side(side: int) -> int:
+def cell_side(side: int) -> int:
     """Return the divisor of a side that is closest to 8, or the whole side where none is near."""
     divisors = [d for d in range(4, 17) if side % d == 0]
     return min(divisors, key=lambda d: abs(d - 8)) if divisors else side

@@ -48,7 +48,7 @@ def apply(model: Model, keep_rate: KeepRate | MergeConfig = 0.7, **options: Any)
     config = MergeConfig.of(keep_rate, **options)
     _check_model(model)
     before = _patches(model)
-    remove(model)
+    _unpatch(before)
     try:
         _patch([change for part, adapter in _served(model) for change in _changes(part, adapter, config)])
     except Exception:
@@ -64,9 +64,7 @@ def remove(model: Model) -> Model:
         PatchStateError: the model is compiled, in the middle of a forward pass, or was sharded after `apply`.
     """
     _check_model(model)
-    for module, _, _ in _patches(model):
-        module.__class__ = type(module)._token_merge_parts[1]  # type: ignore[attr-defined]
-        del module._token_merge
+    _unpatch(_patches(model))
     return model
 
 
@@ -92,6 +90,12 @@ def _patch(changes: list[Change]) -> None:
     for module, mixin, place in changes:
         module._token_merge = place  # type: ignore[assignment]
         module.__class__ = patched_class(mixin, type(module))
+
+
+def _unpatch(changes: list[Change]) -> None:
+    for module, _, _ in changes:
+        module.__class__ = type(module)._token_merge_parts[1]  # type: ignore[attr-defined]
+        del module._token_merge
 
 
 def _patches(model: nn.Module) -> list[Change]:

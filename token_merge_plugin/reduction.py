@@ -5,7 +5,17 @@ from torch import Tensor
 
 from token_merge_plugin.config import tokens_kept
 from token_merge_plugin.importance import mean_query, query_row_attention
-from token_merge_plugin.merging import assign, cells, cosine_similarity, follow, merge, restore, take
+from token_merge_plugin.merging import (
+    assign,
+    cell_side,
+    cells,
+    cosine_similarity,
+    follow,
+    merge,
+    restore,
+    take,
+    windows,
+)
 from token_merge_plugin.multiscale import fuse
 from token_merge_plugin.state import Evidence, Merged, Pass, Plan
 
@@ -60,10 +70,10 @@ def merge_within(
     Returns:
         [W, K, C], and where the tokens went.
     """
-    windows, _, channels = tokens.shape
+    count, _, channels = tokens.shape
     index = cells(*grid_size, device=tokens.device)  # [n, t]
     number, inside = index.shape
-    tokens = tokens[:, index].reshape(-1, inside, channels)  # [W * n, t, C]
+    tokens = windows(tokens.unflatten(1, grid_size), *map(cell_side, grid_size))  # [W * n, t, C]
     with torch.no_grad():
         similarity = cosine_similarity(tokens)
         if apart is not None:
@@ -79,8 +89,8 @@ def merge_within(
     token_map = (token_map.unflatten(0, (-1, number)) + cell * keep).flatten(1)[:, index.flatten().argsort()]
     representative = index[cell, assignment.crucial.unflatten(0, (-1, number))].flatten(1)
     return (
-        merged_tokens.reshape(windows, number * keep, channels),
-        Merged(size.reshape(windows, number * keep), token_map, representative),
+        merged_tokens.reshape(count, number * keep, channels),
+        Merged(size.reshape(count, number * keep), token_map, representative),
     )
 
 

@@ -10,13 +10,14 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar, NamedTuple, TypeAlias, TypeVar
 
 import torch
+import torch.nn.functional as F
 from timm.models import checkpoint
 from torch import Tensor, nn
 
 from token_merge_plugin.attention import attention
 from token_merge_plugin.config import default_stages
 from token_merge_plugin.errors import PatchStateError, UnsupportedModelError
-from token_merge_plugin.merging import restore
+from token_merge_plugin.merging import restore, take
 from token_merge_plugin.reduction import merge_within, reduce_tokens
 from token_merge_plugin.state import Evidence, Merged, Pass, Plan
 
@@ -208,6 +209,11 @@ class PatchedGridBlock(Patched):
         finally:
             plan.install(outer)
 
+    def zero_padding(self: Any, x: Tensor, real: Tensor) -> Tensor:
+        """Give merged tokens x [W, K, C] zeros where `real` [w, T, 1] is 0; w windows an image divide W."""
+        merged = self._token_merge.plan.current().merged
+        return x * take(real.repeat(len(x) // len(real), 1, 1), merged.representative)
+
     def per_image(self, drop_path: nn.Module, x: Tensor, batch: int) -> Tensor:
         """Drop the path of whole images, not of their windows."""
         return drop_path(x.unflatten(0, (batch, -1))).flatten(0, 1)
@@ -274,6 +280,13 @@ def attend(
         dropout=dropout if module.training else 0.0,
         fused=getattr(module, "fused_attn", False),
     )
+
+
+def project_qkv(module: Any, x: Tensor) -> Tensor:
+    """Return query, key and value side by side, of a layer whose biases timm may keep apart: [B, T, 3 * C]."""
+    if getattr(module, "q_bias", None) is None:
+        return module.qkv(x)
+    return F.linear(x, module.qkv.weight, torch.cat((module.q_bias, module.k_bias, module.v_bias)))
 
 
 Known: TypeAlias = Mapping[type[nn.Module], type[Patched]]

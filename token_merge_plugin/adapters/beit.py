@@ -1,14 +1,12 @@
 """Adapter for timm's beit.py: BEiT and BEiT-2."""
 
-from collections.abc import Callable
 from typing import Any
 
 import timm.models.beit as beit
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from token_merge_plugin.adapters.base import PatchedAttention, PatchedBlock, attend, register_adapter
+from token_merge_plugin.adapters.base import PatchedAttention, attend, project_qkv, register_adapter
+from token_merge_plugin.adapters.eva import MergingEvaBlock
 from token_merge_plugin.adapters.vit import VisionTransformerAdapter
 
 
@@ -18,8 +16,7 @@ class MergingBeitAttention(PatchedAttention):
     parts = ("qkv", "attn_drop", "proj", "proj_drop")
 
     def merged_forward(self: Any, x: Tensor, shared_rel_pos_bias: Tensor | None = None) -> Tensor:
-        bias = None if self.q_bias is None else torch.cat((self.q_bias, self.k_bias, self.v_bias))
-        qkv = F.linear(x, self.qkv.weight, bias).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        qkv = project_qkv(self, x).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
         position_bias = shared_rel_pos_bias
         if self.relative_position_bias_table is not None:
             position_bias = self._get_rel_pos_bias()
@@ -29,18 +26,6 @@ class MergingBeitAttention(PatchedAttention):
         return self.proj_drop(self.proj(out.transpose(1, 2).flatten(2)))
 
 
-class MergingBeitBlock(PatchedBlock):
-    """BEiT's `Block`."""
-
-    parts = ("norm1", "attn", "drop_path1", "norm2", "mlp", "drop_path2")
-
-    def stage_forward(self: Any, x: Tensor, reduce: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> Tensor:
-        update = self.attn(self.norm1(x), *args, **kwargs)
-        x = reduce(x + self.drop_path1(update if self.gamma_1 is None else self.gamma_1 * update))
-        update = self.mlp(self.norm2(x))
-        return x + self.drop_path2(update if self.gamma_2 is None else self.gamma_2 * update)
-
-
 @register_adapter(beit.Beit)
 class BeitAdapter(VisionTransformerAdapter):
     """Everything that timm builds from `Beit`."""
@@ -48,7 +33,7 @@ class BeitAdapter(VisionTransformerAdapter):
     family = "BEiT"
     timm_modules = ("beit",)
     example = "beit_base_patch16_224"
-    known_blocks = {beit.Block: MergingBeitBlock}
+    known_blocks = {beit.Block: MergingEvaBlock}
     known_attention = {beit.Attention: MergingBeitAttention}
 
     def num_class_tokens(self, model: Any) -> int:

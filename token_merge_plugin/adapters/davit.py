@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from token_merge_plugin.adapters.base import GridAdapter, PatchedAttention, PatchedGridBlock, attend, register_adapter
-from token_merge_plugin.merging import join_windows, take, windows
+from token_merge_plugin.merging import join_windows, windows
 
 
 class MergingDavitWindowAttention(PatchedAttention):
@@ -100,8 +100,7 @@ class MergingSpatialBlock(MergingChannelBlock):
         """Return what attention adds to the tokens of all windows, [W, K, C]."""
         x = self.norm1(x)
         if real is not None:
-            representative = self._token_merge.plan.current().merged.representative
-            x = x * take(real.repeat(len(x) // len(real), 1, 1), representative)
+            x = self.zero_padding(x, real)
         return self.per_image(self.drop_path1, self.attn(x), batch)
 
 

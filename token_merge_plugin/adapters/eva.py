@@ -5,11 +5,10 @@ from typing import Any
 
 import timm.models.eva as eva
 import torch
-import torch.nn.functional as F
 from timm.layers import AttentionRope, apply_rot_embed_cat
 from torch import Tensor
 
-from token_merge_plugin.adapters.base import PatchedAttention, PatchedBlock, attend, register_adapter
+from token_merge_plugin.adapters.base import PatchedAttention, PatchedBlock, attend, project_qkv, register_adapter
 from token_merge_plugin.adapters.vit import VisionTransformerAdapter
 
 
@@ -44,14 +43,11 @@ class MergingAttentionRope(PatchedAttention):
         """Return query, key and value, with all heads side by side: [B, T, H * D]."""
         if self.qkv is None:
             return self.q_proj(x), self.k_proj(x), self.v_proj(x)
-        if getattr(self, "q_bias", None) is None:
-            return self.qkv(x).chunk(3, dim=2)
-        bias = torch.cat((self.q_bias, self.k_bias, self.v_bias))
-        return F.linear(x, self.qkv.weight, bias).chunk(3, dim=2)
+        return project_qkv(self, x).chunk(3, dim=2)
 
 
 class MergingEvaBlock(PatchedBlock):
-    """timm's `EvaBlock`."""
+    """timm's `EvaBlock`, and BEiT's `Block`."""
 
     parts = ("norm1", "attn", "drop_path1", "norm2", "mlp", "drop_path2")
 

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from token_merge_plugin.adapters.base import GridAdapter, PatchedAttention, PatchedGridBlock, register_adapter
 from token_merge_plugin.attention import attention
-from token_merge_plugin.merging import take
 
 
 class MergingSamAttention(PatchedAttention):
@@ -113,8 +112,7 @@ class MergingSamBlock(PatchedGridBlock):
         """Return what attention adds, to zeros where there is padding."""
         x = self.norm1(x)
         if real is not None:
-            representative = self._token_merge.plan.current().merged.representative
-            x = x * take(real.repeat(len(x) // len(real), 1, 1), representative)
+            x = self.zero_padding(x, real)
         return self.drop_path1(self.ls1(self.attn(x)))
 
     def feed(self: Any, x: Tensor, batch: int) -> Tensor:

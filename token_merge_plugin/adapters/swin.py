@@ -9,12 +9,18 @@ from typing import Any, ClassVar
 import timm.models.swin_transformer as swin
 import timm.models.swin_transformer_v2 as swin_v2
 import timm.models.swin_transformer_v2_cr as swin_v2_cr
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from token_merge_plugin.adapters.base import GridAdapter, PatchedAttention, PatchedGridBlock, attend, register_adapter
-from token_merge_plugin.merging import join_windows, take, windows
+from token_merge_plugin.adapters.base import (
+    GridAdapter,
+    PatchedAttention,
+    PatchedGridBlock,
+    attend,
+    project_qkv,
+    register_adapter,
+)
+from token_merge_plugin.merging import join_windows, windows
 
 
 class MergingWindowAttention(PatchedAttention):
@@ -50,8 +56,7 @@ class MergingCosineAttention(MergingWindowAttention):
     parts = (*MergingWindowAttention.parts, "cpb_mlp")
 
     def project(self: Any, x: Tensor) -> Tensor:
-        bias = None if self.q_bias is None else torch.cat((self.q_bias, self.k_bias, self.v_bias))
-        return F.linear(x, self.qkv.weight, bias)
+        return project_qkv(self, x)
 
     def position_bias(self: Any) -> Tensor:
         table = self.cpb_mlp(self.relative_coords_table).view(-1, self.num_heads)
@@ -112,8 +117,7 @@ class MergingSwinBlock(PatchedGridBlock):
     def attend(self: Any, x: Tensor, mask: Tensor | None, real: Tensor | None) -> Tensor:
         """Attend window by window, to zeros where there is padding."""
         if real is not None:
-            representative = self._token_merge.plan.current().merged.representative
-            x = x * take(real.repeat(len(x) // len(real), 1, 1), representative)
+            x = self.zero_padding(x, real)
         return self.attn(x, mask=mask)
 
 

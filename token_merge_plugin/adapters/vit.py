@@ -86,6 +86,16 @@ class MergingBlock(PatchedBlock):
         return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
 
 
+class MergingPreNormBlock(PatchedBlock):
+    """A block like timm's `Block`, without LayerScale: VOLO's and DeepSeek's."""
+
+    parts = ("norm1", "attn", "drop_path1", "norm2", "mlp", "drop_path2")
+
+    def stage_forward(self: Any, x: Tensor, reduce: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> Tensor:
+        x = reduce(x + self.drop_path1(self.attn(self.norm1(x), *args, **kwargs)))
+        return x + self.drop_path2(self.mlp(self.norm2(x)))
+
+
 class MergingResPostBlock(PatchedBlock):
     """timm's `ResPostBlock`: norms behind attention and MLP."""
 

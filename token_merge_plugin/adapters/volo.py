@@ -4,7 +4,6 @@ Outlookers mix each token with its neighbours, and keep the grid. The transforme
 the grid is restored for class attention and the auxiliary head.
 """
 
-from collections.abc import Callable
 from itertools import chain, takewhile
 from typing import Any
 
@@ -19,6 +18,7 @@ from token_merge_plugin.adapters.base import (
     attend,
     register_adapter,
 )
+from token_merge_plugin.adapters.vit import MergingPreNormBlock
 from token_merge_plugin.errors import UnsupportedModelError
 
 
@@ -37,14 +37,8 @@ class MergingVoloAttention(PatchedAttention):
         return self.proj_drop(self.proj(out.transpose(1, 2).flatten(2)))
 
 
-class MergingVoloBlock(PatchedBlock):
+class MergingVoloBlock(MergingPreNormBlock):
     """VOLO's `Transformer`: takes and returns the grid [B, H, W, C], and between the blocks of a pass [B, K, C]."""
-
-    parts = ("norm1", "attn", "drop_path1", "norm2", "mlp", "drop_path2")
-
-    def stage_forward(self: Any, x: Tensor, reduce: Callable[[Tensor], Tensor]) -> Tensor:
-        x = reduce(x + self.drop_path1(self.attn(self.norm1(x))))
-        return x + self.drop_path2(self.mlp(self.norm2(x)))
 
     def forward(self: Any, x: Tensor) -> Tensor:
         plan, block = self._token_merge
