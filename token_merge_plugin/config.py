@@ -3,13 +3,17 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from itertools import pairwise
 from numbers import Integral, Real
 from typing import TypeAlias
 
 from token_merge_plugin.errors import ConfigError
 
 KeepRate: TypeAlias = float | Sequence[float] | Mapping[int, float]
+# What a stage does: the share of its tokens that stays (a float), or the number of tokens that go (an int).
+Amount: TypeAlias = float | int
 
+METHODS = ("merge", "tome", "evit", "prune", "random")
 IMPORTANCE = ("auto", "class_attention", "mean_query", "uniform")
 SIMILARITY = ("tokens", "keys", "values")
 MULTI_SCALE = ("off", "importance", "descriptors")
@@ -21,7 +25,13 @@ class MergeConfig:
 
     Attributes:
         keep_rate: share of the image tokens that each stage keeps, in (0, 1]: one float for every stage, a sequence
-            with one float a stage, or a mapping {block index: rate}, which also says where the stages are.
+            with one float a stage, or a mapping {block index: rate}, which also says where the stages are. For
+            "tome", which reduces tokens a little in every block, one float asks for the compute that it would leave
+            with three stages.
+        method: "merge" is this package's own. The others are published baselines to compare it with, whose further
+            options are fixed: "tome" (Bolya et al. 2023), "evit" (Liang et al. 2022), "prune" (as "evit", but the
+            tokens that do not stay are dropped) and "random" (as "prune", in a pseudo-random order of the patches).
+        r: of "tome" only, and instead of keep_rate: how many tokens each block merges, at most half of them.
         stages: indices of the blocks that reduce tokens, counted through the whole network; None for the family's
             measured default: blocks at 1/4, 1/2 and 3/4 of the depth where tokens leave the sequence for good.
         importance: whose attention says how much an image token matters. "class_attention": that of the class token
@@ -34,13 +44,15 @@ class MergeConfig:
         multi_scale: where features of several scales of the patch grid are fused in: "off", "importance" or
             "descriptors". They help to choose tokens; the tokens themselves stay as they are.
         proportional_attention: attend to a merged token as often as to the patches it stands for (ToMe, Bolya et
-            al. 2023, section 3).
+            al. 2023, section 3). Of "merge" and "tome"; always off in the others.
 
     Raises:
         ConfigError: an option has a value that is not allowed.
     """
 
     keep_rate: KeepRate = field(default=0.7, hash=False)
+    method: str = "merge"
+    r: int | None = None
     stages: Sequence[int] | None = None
     importance: str = "auto"
     distinctiveness: bool = True
@@ -56,13 +68,44 @@ class MergeConfig:
             raise ConfigError("keep_rate is a mapping, which already names the blocks: leave stages out.")
         if isinstance(self.keep_rate, tuple) and self.stages and len(self.keep_rate) != len(self.stages):
             raise ConfigError(_wrong_number(self.keep_rate, self.stages))
-        for name, allowed in (("importance", IMPORTANCE), ("similarity", SIMILARITY), ("multi_scale", MULTI_SCALE)):
+        for name, allowed in (
+            ("method", METHODS),
+            ("importance", IMPORTANCE),
+            ("similarity", SIMILARITY),
+            ("multi_scale", MULTI_SCALE),
+        ):
             value = getattr(self, name)
             if value not in allowed:
                 raise ConfigError(f"{name}={value!r} is not known. Choose one of {', '.join(map(repr, allowed))}.")
         for name in ("distinctiveness", "proportional_attention"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name}={getattr(self, name)!r} is not a bool. Give True or False.")
+        if self.r is not None:
+            self._check_r()
+        if self.method != "merge":
+            self._fix_by_publication()
+
+    def _check_r(self) -> None:
+        if self.method != "tome":
+            raise ConfigError(f"r={self.r!r} is an option of method 'tome'. Give keep_rate for {self.method!r}.")
+        if not isinstance(self.r, Integral) or isinstance(self.r, bool) or self.r < 0:
+            raise ConfigError(f"r={self.r!r} is not a number of tokens. Give an int of 0 or more, such as 13.")
+        if self.keep_rate != 0.7:
+            raise ConfigError(
+                f"keep_rate={self.keep_rate!r} and r={self.r} say the same thing twice. Give one of them."
+            )
+
+    def _fix_by_publication(self) -> None:
+        for option in fields(self):
+            if option.name in ("importance", "distinctiveness", "similarity", "multi_scale"):
+                value = getattr(self, option.name)
+                if value != option.default:
+                    raise ConfigError(
+                        f"{option.name}={value!r} is an option of method 'merge'; {self.method!r} is as it was "
+                        f"published. Leave {option.name} out, or choose method='merge'."
+                    )
+        if self.method != "tome":
+            object.__setattr__(self, "proportional_attention", False)
 
     @classmethod
     def of(cls, keep_rate: "KeepRate | MergeConfig", **options: object) -> "MergeConfig":
@@ -75,31 +118,48 @@ class MergeConfig:
             return replace(keep_rate, **options)  # type: ignore[arg-type]
         return cls(keep_rate, **options)  # type: ignore[arg-type]
 
-    def schedule(self, depth: int, default: Sequence[int] | None = None) -> dict[int, float]:
-        """Return {block index: keep rate} for a model of `depth` blocks, without the stages that keep everything.
+    def schedule(
+        self, depth: int, default: Sequence[int] | None = None, sections: Sequence[range] | None = None
+    ) -> dict[int, Amount]:
+        """Return {block index: amount} for a model of `depth` blocks, without the stages that keep everything.
 
         Args:
             depth: number of blocks.
             default: the stages if none were asked for; None for 1/4, 1/2 and 3/4 of the depth.
+            sections: runs of blocks through which tokens may stay fewer; None for one that is all of them.
 
         Raises:
             ConfigError: a block index does not exist, or the number of keep rates is not that of the stages.
         """
+        default = default_stages(depth) if default is None else default
+        sections = [range(depth)] if sections is None else sections
+        amounts: dict[int, Amount]
         if isinstance(self.keep_rate, Mapping):
-            rates = dict(self.keep_rate)
+            amounts = dict(self.keep_rate)
+        elif self.r is not None:
+            every = [block for section in sections for block in section]
+            amounts = dict.fromkeys(every if self.stages is None else self.stages, self.r)
+        elif self.method == "tome" and self.stages is None and isinstance(self.keep_rate, float):
+            amounts = {}
+            for section in sections:
+                inside = [block - section.start for block in default if block in section]
+                rates = spread(dict.fromkeys(inside, self.keep_rate), len(section))
+                amounts.update(zip(section, rates, strict=True))
         else:
-            default = default_stages(depth) if default is None else default
             stages = default if self.stages is None else self.stages
             if isinstance(self.keep_rate, tuple):
                 if len(self.keep_rate) != len(stages):
                     raise ConfigError(_wrong_number(self.keep_rate, stages))
-                rates = dict(zip(stages, self.keep_rate, strict=True))
+                amounts = dict(zip(stages, self.keep_rate, strict=True))
             else:
-                rates = dict.fromkeys(stages, self.keep_rate)  # type: ignore[arg-type]
-        for index in rates:
+                amounts = dict.fromkeys(stages, self.keep_rate)  # type: ignore[arg-type]
+        for index in amounts:
             if index >= depth:
                 raise ConfigError(f"Block {index} does not exist: the model has {depth} blocks, 0 to {depth - 1}.")
-        return {index: rate for index, rate in sorted(rates.items()) if rate < 1}
+        keeps_all = (1.0, 0)
+        return {
+            index: amount for index, amount in sorted(amounts.items()) if amount != keeps_all[isinstance(amount, int)]
+        }
 
 
 def default_stages(depth: int) -> tuple[int, ...]:
@@ -107,10 +167,33 @@ def default_stages(depth: int) -> tuple[int, ...]:
     return tuple(sorted({depth * quarter // 4 for quarter in (1, 2, 3)}))
 
 
-def tokens_kept(tokens: int, keep_rate: float) -> int:
-    """Return K = ceil(keep_rate * tokens), at least 1."""
+def spread(schedule: Mapping[int, float], depth: int) -> list[float]:
+    """Return one keep rate for each of `depth` blocks that together leave as much work as a schedule of stages.
+
+    Every block then merges the same number of tokens, as in ToMe. Work is counted as linear in the tokens, a third of
+    it in the attention, whose block reduces them behind it.
+
+    Args:
+        schedule: {block index: keep rate}.
+        depth: number of blocks.
+    """
+    work, share = 0.0, 1.0
+    for block in range(depth):
+        work += share / 3
+        share *= schedule.get(block, 1.0)
+        work += share * 2 / 3
+    # With x of the tokens merged by each block, block i attends with 1 - i x of them.
+    merged = (depth - work) / (depth * (depth - 1) / 2 + depth * 2 / 3)
+    shares = [max(0.0, 1 - block * merged) for block in range(depth + 1)]
+    return [max(0.5, after / before) if before else 0.5 for before, after in pairwise(shares)]
+
+
+def tokens_kept(tokens: int, amount: Amount) -> int:
+    """Return how many of the tokens stay: ceil(amount * tokens), at least 1; or all but `amount`, at least half."""
+    if isinstance(amount, int):
+        return tokens - min(amount, tokens // 2)
     # The subtrahend undoes float noise: 0.55 * 100 is a little more than 55.
-    return max(1, math.ceil(keep_rate * tokens - 1e-9))
+    return max(1, math.ceil(amount * tokens - 1e-9))
 
 
 def _checked_keep_rate(keep_rate: object) -> float | tuple[float, ...] | dict[int, float]:

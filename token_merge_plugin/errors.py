@@ -19,3 +19,7 @@ class PatchStateError(TokenMergeError, RuntimeError):
 
 class DataError(TokenMergeError, ValueError):
     """A data file is missing or damaged."""
+
+
+class MissingExtraError(TokenMergeError, ImportError):
+    """A package is needed that is not installed by default; the message names the extra that brings it."""

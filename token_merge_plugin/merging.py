@@ -21,9 +21,9 @@ class Assignment(NamedTuple):
     """Which tokens stay, and into which of them the others go, out of T = K + M tokens.
 
     Attributes:
-        crucial: [B, K], indices of the tokens that stay, ascending.
-        rest: [B, M], indices of the tokens that are merged.
-        target: [B, M], for each of `rest`, the position in `crucial` of the token that takes it.
+        crucial: [B, K], indices of the tokens that stay, in their new order.
+        rest: [B, M], indices of the others.
+        target: [B, M], for each of `rest`, the position in `crucial` of the token that takes it; K if it is dropped.
     """
 
     crucial: Tensor
@@ -89,8 +89,7 @@ def assign(
     quota = None
     if real is not None:
         importance = importance.masked_fill(~real, -1)
-        # In double precision and with the subtrahend of `tokens_kept`: the count that the image alone would have.
-        quota = (real.sum(dim=1, keepdim=True).double() * keep_rate - 1e-9).ceil().clamp(min=1)
+        quota = _quota(real, keep_rate)
     score = importance
     if distinct:
         above = more_important(importance)
@@ -99,11 +98,65 @@ def assign(
         # A crucial token is compared with more important crucial ones, any other with all crucial ones.
         score = _scored(importance, similarity, crucial[:, None, :] & (above | ~crucial[:, :, None]))
     if real is not None and quota is not None:
-        # The best real tokens, then padding, then the other real tokens.
-        score = torch.where(real, (_rank(score) < quota) * 2, 1)
+        score = _with_padding(score, quota, real)
         similarity = similarity.masked_fill(real[:, :, None] != real[:, None, :], -2)
     stay, rest = split(score, keep)
     return Assignment(stay, rest, match(similarity, stay, rest))
+
+
+def bipartite(descriptors: Tensor, keep: int, num_prefix_tokens: int) -> Assignment:
+    """Decide which tokens are merged by bipartite soft matching (ToMe, Bolya et al. 2023, section 3).
+
+    Tokens at even positions of the whole sequence are matched each to the most similar one at an odd position, and
+    the best pairs merge. The new order is that of the paper's algorithm: the even tokens that are left, then the odd
+    ones.
+
+    Args:
+        descriptors: [B, T, D], of the image tokens.
+        keep: K tokens stay, at least half of T.
+        num_prefix_tokens: tokens in front, which count as positions and are protected.
+    """
+    batch, tokens, _ = descriptors.shape
+    normalised = F.normalize(descriptors, dim=-1)
+    position = torch.arange(tokens, device=descriptors.device).expand(batch, -1)
+    first = num_prefix_tokens % 2
+    even, odd = position[:, first::2], position[:, 1 - first :: 2]
+    similarity = normalised[:, first::2] @ normalised[:, 1 - first :: 2].transpose(1, 2)
+    best, partner = similarity.max(dim=2)
+    order = best.argsort(dim=1, descending=True)
+    merged = tokens - keep
+    source, unmerged = order[:, :merged], order[:, merged:].sort(dim=1).values
+    crucial = torch.cat((even.gather(1, unmerged), odd), dim=1)
+    return Assignment(crucial, even.gather(1, source), unmerged.shape[1] + partner.gather(1, source))
+
+
+def keep_best(score: Tensor, keep_rate: float, real: Tensor | None = None, fuse: bool = False) -> Assignment:
+    """Keep the tokens with the best scores, and drop the rest, or fuse it (EViT, Liang et al. 2022, section 3.2).
+
+    Args:
+        score: [B, T], not negative.
+        keep_rate: ceil(keep_rate * T) tokens are kept.
+        real: as in `assign`.
+        fuse: the rest goes into one more token, the last of the crucial ones, in the place of its best token.
+    """
+    keep = tokens_kept(score.shape[1], keep_rate)
+    if real is not None:
+        score = _with_padding(score.masked_fill(~real, -1), _quota(real, keep_rate), real)
+    stay, rest = split(score, keep)
+    if fuse:
+        stay, rest = torch.cat((stay, rest[:, :1]), dim=1), rest[:, 1:]
+    return Assignment(stay, rest, torch.full_like(rest, keep))
+
+
+def _quota(real: Tensor, keep_rate: float) -> Tensor:
+    """Return how many tokens an image would keep alone, without its padding: [B, 1]."""
+    # In double precision and with the subtrahend of `tokens_kept`.
+    return (real.sum(dim=1, keepdim=True).double() * keep_rate - 1e-9).ceil().clamp(min=1)
+
+
+def _with_padding(score: Tensor, quota: Tensor, real: Tensor) -> Tensor:
+    """Put the best real tokens, as many as the quota, before padding, and that before the other real tokens."""
+    return torch.where(real, (_rank(score) < quota) * 2, 1)
 
 
 def _scored(importance: Tensor, similarity: Tensor, others: Tensor) -> Tensor:
@@ -193,15 +246,67 @@ def merge(tokens: Tensor, size: Tensor, assignment: Assignment) -> tuple[Tensor,
     return stay + share @ take(tokens, rest), merged_size
 
 
+def drop(tokens: Tensor, size: Tensor, assignment: Assignment) -> tuple[Tensor, Tensor]:
+    """Keep the crucial tokens as they are, and forget the rest: `merge` for pruning."""
+    return take(tokens, assignment.crucial), size.gather(1, assignment.crucial)
+
+
+def fuse_rest(tokens: Tensor, size: Tensor, assignment: Assignment, attention: Tensor) -> tuple[Tensor, Tensor]:
+    """Fuse all tokens that are not kept into the last crucial one: `merge` for EViT (Liang et al. 2022, equation 5).
+
+    Args:
+        tokens, size, assignment: as in `merge`; the assignment by `keep_best(..., fuse=True)`.
+        attention: [B, T], of the class token; the fused token is the sum of the others, weighted with it.
+    """
+    crucial, rest, _ = assignment
+    kept, fused = crucial[:, :-1], torch.cat((crucial[:, -1:], rest), dim=1)
+    weight = attention.gather(1, fused)[:, None, :].to(tokens.dtype)
+    fused_size = size.gather(1, fused).sum(dim=1, keepdim=True)
+    return (
+        torch.cat((take(tokens, kept), weight @ take(tokens, fused)), dim=1),
+        torch.cat((size.gather(1, kept), fused_size), dim=1),
+    )
+
+
+def pseudo_random(index: Tensor, seed: int) -> Tensor:
+    """Return numbers that look drawn at random, each from its index alone: int64 of any shape, in [0, 2^31).
+
+    Integer arithmetic is the same on every device, and exports.
+    """
+    prime = 2**31 - 1
+    number = index + 1000 + 1009 * seed
+    for _ in range(4):
+        number = number * number % prime
+    return number
+
+
 def follow(token_map: Tensor, assignment: Assignment) -> Tensor:
-    """Return the token map [B, N] after a merge: for each patch, the index in [0, K) of the token that holds it."""
+    """Return the token map after a stage: for each patch, the index of the token that holds it.
+
+    Args:
+        token_map: [B, N], in [0, T], where T stands for patches whose token was dropped.
+        assignment: of the T tokens.
+
+    Returns:
+        [B, N], in [0, K], where K stands for patches whose token was dropped.
+    """
     crucial, rest, target = assignment
-    position = torch.arange(crucial.shape[1], device=target.device).expand_as(crucial)
+    keep = crucial.shape[1]
+    position = torch.arange(keep, device=target.device).expand_as(crucial)
     moved = torch.cat((position, target), dim=1)
     new_index = torch.empty_like(moved).scatter(1, torch.cat((crucial, rest), dim=1), moved)  # [B, T]
-    return new_index.gather(1, token_map)
+    return F.pad(new_index, (0, 1), value=keep).gather(1, token_map)
 
 
-def restore(tokens: Tensor, token_map: Tensor) -> Tensor:
-    """Put merged tokens back on the full patch grid: [B, K, C] -> [B, N, C]."""
+def restore(tokens: Tensor, token_map: Tensor, dropped: bool = False) -> Tensor:
+    """Put tokens back on the full patch grid: [B, K, C] -> [B, N, C].
+
+    Args:
+        tokens: [B, K, C].
+        token_map: [B, N].
+        dropped: there may be patches whose token was dropped. They get the mean of the tokens that are left, so that
+            average pooling is that of those tokens.
+    """
+    if dropped:
+        tokens = torch.cat((tokens, tokens.mean(dim=1, keepdim=True)), dim=1)
     return take(tokens, token_map)

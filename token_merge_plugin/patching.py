@@ -170,8 +170,8 @@ def _changes(model: Any, adapter: Adapter, config: MergeConfig) -> list[Change]:
             f"multi_scale={config.multi_scale!r} needs to know which tokens are neighbours, and the order in which "
             f"{type(model).__name__} keeps them does not tell. Leave it at 'off'."
         )
-    schedule = config.schedule(len(blocks), adapter.default_stages(model))
     sections = adapter.sections(model)
+    schedule = config.schedule(len(blocks), adapter.default_stages(model), sections)
     for block in schedule:
         if not any(block in section for section in sections):
             allowed = ", ".join(str(b) for section in sections for b in section)
@@ -185,18 +185,25 @@ def _changes(model: Any, adapter: Adapter, config: MergeConfig) -> list[Change]:
             f"importance='class_attention' needs a class token, and this {type(model).__name__} has none. "
             "Leave importance at 'auto', or choose 'mean_query' or 'uniform'."
         )
-    asked = config.importance == "class_attention" or (
-        config.importance == "auto" and adapter.reads_class_tokens(model)
-    )
+    by_class = config.method in ("evit", "prune")
+    if by_class and not class_tokens:
+        raise ConfigError(
+            f"method={config.method!r} keeps the tokens that the class token attends to, and this "
+            f"{type(model).__name__} has none. Choose 'merge', 'tome' or 'random'."
+        )
     if not schedule:
         return []
+    own = config.method == "merge"
+    asked = config.importance == "class_attention" or (
+        own and config.importance == "auto" and adapter.reads_class_tokens(model)
+    )
     plan = Plan(
         config=config,
         schedule=schedule,
         sections=tuple(sections),
         num_prefix_tokens=adapter.num_prefix_tokens(model),
-        class_queries=class_tokens if asked else 0,
-        mean_query=config.importance in ("auto", "mean_query"),
+        class_queries=class_tokens if asked or by_class else 0,
+        mean_query=own and config.importance in ("auto", "mean_query"),
         grid_size=adapter.grid_size(model),
         checkpointing=getattr(model, "grad_checkpointing", False),
     )
@@ -215,6 +222,7 @@ def _check_on_entry(model: nn.Module, config: MergeConfig) -> None:
     Without any importance, distinctiveness is all there is to choose by.
     """
     fit: dict[str, tuple] = {
+        "method": ("merge",),
         "importance": ("auto", "uniform"),
         "similarity": ("tokens",),
         "multi_scale": ("off",),

@@ -1,17 +1,26 @@
 """A stage: from what an attention layer saw to fewer tokens. Joins the state of a pass to the pure tensor functions."""
 
+from typing import NamedTuple, TypeAlias
+
 import torch
 from torch import Tensor
 
-from token_merge_plugin.config import tokens_kept
+from token_merge_plugin.config import Amount, tokens_kept
+from token_merge_plugin.errors import ConfigError
 from token_merge_plugin.importance import mean_query, query_row_attention
 from token_merge_plugin.merging import (
+    Assignment,
     assign,
+    bipartite,
     cell_side,
     cells,
     cosine_similarity,
+    drop,
     follow,
+    fuse_rest,
+    keep_best,
     merge,
+    pseudo_random,
     restore,
     take,
     windows,
@@ -22,9 +31,41 @@ from token_merge_plugin.state import Evidence, Merged, Pass, Plan
 # Masks hide by -inf or by a large negative number, such as the smallest of their dtype: -65504 in float16.
 HIDDEN = -1e4
 
+# Tokens [B, K, C], their sizes [B, K], and where they came from.
+Reduced: TypeAlias = tuple[Tensor, Tensor, Assignment]
+
+
+class Stage(NamedTuple):
+    """What a method of reduction is given.
+
+    Attributes:
+        plan: the model's plan.
+        state: the pass under way.
+        block: index of the stage's block.
+        tokens: [B, T, C], the image tokens.
+        before: where they stand.
+        evidence: what the block's attention layers saw.
+    """
+
+    plan: Plan
+    state: Pass
+    block: int
+    tokens: Tensor
+    before: Merged
+    evidence: list[Evidence]
+
+    @property
+    def amount(self) -> Amount:
+        return self.plan.schedule[self.block]
+
+    @property
+    def real(self) -> Tensor | None:
+        """Which tokens are no padding, [B, T], or None where all are."""
+        return None if self.evidence[0].bias is None else self.before.size > 0
+
 
 def reduce_tokens(plan: Plan, state: Pass, x: Tensor, block: int) -> Tensor:
-    """Merge image tokens down to the count of a stage, and note in the pass where they went.
+    """Reduce image tokens to the count of a stage, and note in the pass where they went.
 
     Args:
         plan: the model's plan.
@@ -37,20 +78,62 @@ def reduce_tokens(plan: Plan, state: Pass, x: Tensor, block: int) -> Tensor:
     """
     prefix = state.num_prefix_tokens
     image_tokens = x[:, prefix:]
-    keep_rate = plan.schedule[block]
     evidence, state.evidence = state.evidence, []
-    if tokens_kept(image_tokens.shape[1], keep_rate) >= image_tokens.shape[1]:
+    if tokens_kept(image_tokens.shape[1], plan.schedule[block]) >= image_tokens.shape[1]:
         return x
     with torch.no_grad():
         before = state.merged or _unmerged(state, image_tokens, evidence)
-        similarity = cosine_similarity(_descriptors(plan, state, before, image_tokens, evidence))
-        importance = _importance(plan, state, before, evidence)
-        real = None if evidence[0].bias is None else before.size > 0
-        assignment = assign(similarity, importance, keep_rate, real, plan.config.distinctiveness)
-    merged_tokens, size = merge(image_tokens, before.size, assignment)
+    stage = Stage(plan, state, block, image_tokens, before, evidence)
+    tokens, size, assignment = _METHODS[plan.config.method](stage)
     token_map = follow(before.token_map, assignment)
     state.merged = Merged(size, token_map, before.representative.gather(1, assignment.crucial))
-    return torch.cat((x[:, :prefix], merged_tokens), dim=1)
+    return torch.cat((x[:, :prefix], tokens), dim=1)
+
+
+def _merge(stage: Stage) -> Reduced:
+    """Keep the important and distinct tokens, and merge each other one into the most similar of them."""
+    with torch.no_grad():
+        similarity = cosine_similarity(_descriptors(stage))
+        distinct = stage.plan.config.distinctiveness
+        assignment = assign(similarity, _importance(stage), stage.amount, stage.real, distinct)
+    return *merge(stage.tokens, stage.before.size, assignment), assignment
+
+
+def _tome(stage: Stage) -> Reduced:
+    """Merge as ToMe does, by the keys' mean over heads."""
+    if stage.evidence[0].bias is not None:
+        raise ConfigError("method='tome' is not defined with an attention mask. Choose method='merge'.")
+    prefix, tokens = stage.state.num_prefix_tokens, stage.tokens.shape[1]
+    keep = max(tokens_kept(tokens, stage.amount), tokens - tokens // 2)
+    with torch.no_grad():
+        keys = torch.cat([seen.key[:, :, prefix:].mean(dim=1) for seen in stage.evidence], dim=2)
+        assignment = bipartite(keys, keep, prefix)
+    return *merge(stage.tokens, stage.before.size, assignment), assignment
+
+
+def _evit(stage: Stage) -> Reduced:
+    """Keep the tokens that the class token attends to, and fuse the rest into one."""
+    with torch.no_grad():
+        attention = _attention_paid(stage)
+        assignment = keep_best(attention, stage.amount, stage.real, fuse=True)
+    return *fuse_rest(stage.tokens, stage.before.size, assignment, attention), assignment
+
+
+def _prune(stage: Stage) -> Reduced:
+    """Keep the tokens that the class token attends to, and drop the rest."""
+    with torch.no_grad():
+        assignment = keep_best(_attention_paid(stage), stage.amount, stage.real)
+    return *drop(stage.tokens, stage.before.size, assignment), assignment
+
+
+def _random(stage: Stage) -> Reduced:
+    """Keep tokens in a pseudo-random order of the patches, and drop the rest."""
+    score = pseudo_random(stage.before.representative, stage.block)
+    assignment = keep_best(score, stage.amount, stage.real)
+    return *drop(stage.tokens, stage.before.size, assignment), assignment
+
+
+_METHODS = {"merge": _merge, "tome": _tome, "evit": _evit, "prune": _prune, "random": _random}
 
 
 def merge_within(
@@ -114,14 +197,23 @@ def _unmerged(state: Pass, image_tokens: Tensor, evidence: list[Evidence]) -> Me
     return Merged(size, identity, identity)
 
 
-def _importance(plan: Plan, state: Pass, before: Merged, evidence: list[Evidence]) -> Tensor:
+def _importance(stage: Stage) -> Tensor:
     """Return the importance of the image tokens [B, T], in float32."""
-    if not plan.class_queries and not plan.mean_query:
-        return torch.ones_like(before.size)
+    if not stage.plan.class_queries and not stage.plan.mean_query:
+        return torch.ones_like(stage.before.size)
+    score = _multi_scale("importance", stage, _attention_paid(stage)[:, :, None])[:, :, 0]
+    # The root keeps the few tokens on which attention piles up from outweighing distinctiveness. The constant lets
+    # distinctiveness decide where attention is zero, as a causal mask makes it.
+    return (score + 1e-12).sqrt()
+
+
+def _attention_paid(stage: Stage) -> Tensor:
+    """Return the attention that the plan's queries pay to the image tokens [B, T], in float32."""
+    plan, state, before = stage.plan, stage.state, stage.before
     prefix = state.num_prefix_tokens
     log_size = plan.log_size(state)
     scores = []
-    for seen in evidence:
+    for seen in stage.evidence:
         queries, bias = seen.query[:, :, : plan.class_queries], seen.bias
         if bias is None and log_size is not None:
             bias = log_size[:, None, None, :]
@@ -134,30 +226,27 @@ def _importance(plan: Plan, state: Pass, before: Merged, evidence: list[Evidence
             mean = mean_query(seen.query[:, :, prefix:], before.size if counted else None)
             queries = torch.cat((queries, mean), dim=2)
         scores.append(query_row_attention(queries, seen.key, seen.scale, bias, seen.head_weight, seen.head_mix))
-    score = torch.stack(scores).mean(dim=0)[:, prefix:]
-    score = _multi_scale("importance", plan, state, before, score[:, :, None])[:, :, 0]
-    # The root keeps the few tokens on which attention piles up from outweighing distinctiveness. The constant lets
-    # distinctiveness decide where attention is zero, as a causal mask makes it.
-    return (score + 1e-12).sqrt()
+    return torch.stack(scores).mean(dim=0)[:, prefix:]
 
 
-def _descriptors(plan: Plan, state: Pass, before: Merged, image_tokens: Tensor, evidence: list[Evidence]) -> Tensor:
+def _descriptors(stage: Stage) -> Tensor:
     """Return what tokens are compared by: [B, T, D]."""
-    kind = plan.config.similarity
+    kind = stage.plan.config.similarity
     if kind == "tokens":
-        descriptors = image_tokens
+        descriptors = stage.tokens
     else:
-        layers = [seen.key if kind == "keys" else seen.value for seen in evidence]
-        descriptors = torch.cat([x[:, :, state.num_prefix_tokens :].transpose(1, 2).flatten(2) for x in layers], dim=2)
-    return _multi_scale("descriptors", plan, state, before, descriptors)
+        layers = [seen.key if kind == "keys" else seen.value for seen in stage.evidence]
+        prefix = stage.state.num_prefix_tokens
+        descriptors = torch.cat([x[:, :, prefix:].transpose(1, 2).flatten(2) for x in layers], dim=2)
+    return _multi_scale("descriptors", stage, descriptors)
 
 
-def _multi_scale(where: str, plan: Plan, state: Pass, before: Merged, features: Tensor) -> Tensor:
+def _multi_scale(where: str, stage: Stage, features: Tensor) -> Tensor:
     """Fuse features [B, T, D] over the scales of the patch grid, if the config asks for it here.
 
     Where there is no full grid (patch dropout in training), features stay as they are.
     """
-    grid = state.grid_size
-    if plan.config.multi_scale != where or grid is None or grid[0] * grid[1] != state.num_patches:
+    grid, before = stage.state.grid_size, stage.before
+    if stage.plan.config.multi_scale != where or grid is None or grid[0] * grid[1] != stage.state.num_patches:
         return features
     return take(fuse(restore(features, before.token_map), grid), before.representative)

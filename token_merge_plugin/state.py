@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from token_merge_plugin.attention import additive_mask, causal_mask
-from token_merge_plugin.config import MergeConfig
+from token_merge_plugin.config import Amount, MergeConfig
 from token_merge_plugin.merging import restore, take
 
 
@@ -22,8 +22,8 @@ class Merged(NamedTuple):
 
     Attributes:
         size: [B, K] float32, patches that each token stands for (0 for padding).
-        token_map: [B, N], for each patch the index of the token that holds it.
-        representative: [B, K], for each token the patch it stood for at the start, ascending.
+        token_map: [B, N], for each patch the index of the token that holds it; K if that was dropped.
+        representative: [B, K], for each token the patch it stood for at the start.
     """
 
     size: Tensor
@@ -104,7 +104,7 @@ class Plan:
 
     Attributes:
         config: the options given.
-        schedule: {block index: keep rate}, never empty.
+        schedule: {block index: amount}, never empty.
         sections: blocks between which tokens may be fewer; behind each section the full grid is restored.
         num_prefix_tokens: tokens in front of the image tokens.
         class_queries: of these, the first ones, whose attention says what matters.
@@ -114,7 +114,7 @@ class Plan:
     """
 
     config: MergeConfig
-    schedule: dict[int, float]
+    schedule: dict[int, Amount]
     sections: tuple[range, ...]
     num_prefix_tokens: int
     class_queries: int
@@ -230,7 +230,8 @@ class Plan:
         if state.merged is None:
             return x
         prefix = state.num_prefix_tokens
-        return torch.cat((x[:, :prefix], restore(x[:, prefix:], state.merged.token_map)), dim=1)
+        dropped = self.config.method in ("prune", "random")
+        return torch.cat((x[:, :prefix], restore(x[:, prefix:], state.merged.token_map, dropped)), dim=1)
 
     def take_tokens(self, state: Pass, x: Tensor) -> Tensor:
         """Undo `restore`: take one patch of each token, [B, P + N, C] -> [B, P + K, C]."""
