@@ -397,3 +397,13 @@ def test_every_error_of_the_package_has_the_common_base():
         thing = getattr(token_merge_plugin, name)
         if isinstance(thing, type) and issubclass(thing, Exception):
             assert issubclass(thing, token_merge_plugin.TokenMergeError)
+
+
+def test_feature_extractors_by_hooks_are_refused_where_a_hook_would_see_fewer_tokens():
+    model = timm.create_model("test_vit", features_only=True, feature_cls="hook")
+    with pytest.raises(UnsupportedModelError, match="feature_cls='getter'"):
+        apply(model, 0.5)
+    x = torch.randn(1, 3, 160, 160)
+    shapes = [feature.shape for feature in model(x)]
+    getter = apply(timm.create_model("test_vit", features_only=True, feature_cls="getter"), 0.5)
+    assert len(getter(x)) == len(shapes)

@@ -147,10 +147,11 @@ def _served(model: nn.Module) -> list[tuple[nn.Module, Adapter]]:
             inside.update(module.modules())
     if not served:
         families = ", ".join(dict.fromkeys(adapter.family for adapter in registered_adapters()))
-        reason = REFUSED.get(type(model).__module__)
+        modules = {type(module).__module__ for module in model.modules()}
+        reasons = [f"{name} was looked at: {reason} " for name, reason in REFUSED.items() if name in modules]
         raise UnsupportedModelError(
             f"{type(model).__name__} is no model that is served, and contains none. "
-            + (f"It was looked at: {reason} " if reason else "")
+            + "".join(reasons)
             + f"Families served: {families}. supported_models() lists timm's names; register_adapter serves a class of "
             "your own."
         )
@@ -185,25 +186,20 @@ def _changes(model: Any, adapter: Adapter, config: MergeConfig) -> list[Change]:
             f"importance='class_attention' needs a class token, and this {type(model).__name__} has none. "
             "Leave importance at 'auto', or choose 'mean_query' or 'uniform'."
         )
-    by_class = config.method in ("evit", "prune")
-    if by_class and not class_tokens:
+    if config.method in ("evit", "prune") and not class_tokens:
         raise ConfigError(
             f"method={config.method!r} keeps the tokens that the class token attends to, and this "
             f"{type(model).__name__} has none. Choose 'merge', 'tome' or 'random'."
         )
     if not schedule:
         return []
-    own = config.method == "merge"
-    asked = config.importance == "class_attention" or (
-        own and config.importance == "auto" and adapter.reads_class_tokens(model)
-    )
     plan = Plan(
         config=config,
         schedule=schedule,
         sections=tuple(sections),
         num_prefix_tokens=adapter.num_prefix_tokens(model),
-        class_queries=class_tokens if asked or by_class else 0,
-        mean_query=own and config.importance in ("auto", "mean_query"),
+        class_queries=adapter.class_queries(model, config),
+        mean_query=config.method == "merge" and config.importance in ("auto", "mean_query"),
         grid_size=adapter.grid_size(model),
         checkpointing=getattr(model, "grad_checkpointing", False),
     )

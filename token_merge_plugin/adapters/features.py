@@ -6,10 +6,17 @@ What is left is the model's stages, without the model. That is enough where each
 from collections.abc import Iterator
 from typing import Any
 
-from timm.models._features import FeatureDictNet
+from timm.models._features import FeatureDictNet, FeatureHookNet
 from torch import nn
 
-from token_merge_plugin.adapters.base import GridAdapter, Patched, register_adapter, registered_adapters
+from token_merge_plugin.adapters.base import (
+    GridAdapter,
+    Patched,
+    find_adapter,
+    register_adapter,
+    registered_adapters,
+)
+from token_merge_plugin.errors import UnsupportedModelError
 
 
 @register_adapter(FeatureDictNet)
@@ -28,6 +35,23 @@ class FeatureNetAdapter(GridAdapter):
         owner = _owner(block)
         assert owner is not None  # or it would not be a block
         return owner.mixins(block)
+
+
+@register_adapter(FeatureHookNet)
+class FeatureHookAdapter(FeatureNetAdapter):
+    """timm's `FeatureHookNet`: refused where a hook reads a block behind which tokens may be fewer than the grid."""
+
+    def serves(self, model: Any) -> bool:
+        body = dict(model.items()).get("body", model)
+        adapter = find_adapter(body)
+        if adapter is not None and adapter.model_mixin is not None:
+            read = [body.get_submodule(info["module"]) for info in model.feature_info.get_dicts()]
+            if any(module in read for module in adapter.blocks(body)):
+                raise UnsupportedModelError(
+                    f"FeatureHookNet reads {type(body).__name__} by hooks inside of the network, where merged tokens "
+                    "are fewer than the grid has patches. Leave feature_cls out, or choose feature_cls='getter'."
+                )
+        return False  # the model inside is
 
 
 def _owner(block: nn.Module) -> GridAdapter | None:

@@ -97,7 +97,8 @@ class VoloAdapter(Adapter):
         return 0  # the class token joins behind the section
 
     def grid_size(self, model: Any) -> tuple[int, int] | None:
-        return tuple(model.pos_embed.shape[1:3])
+        # Without its transformer blocks, the model has no positions either.
+        return None if model.pos_embed is None else tuple(model.pos_embed.shape[1:3])
 
     def layers(self, block: Any) -> list[Any]:
         return [] if isinstance(block, volo.Outlooker) else [block.attn]
