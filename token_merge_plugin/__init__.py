@@ -15,11 +15,13 @@ from token_merge_plugin.config import MergeConfig
 from token_merge_plugin.errors import (
     ConfigError,
     DataError,
+    MissingExtraError,
     PatchStateError,
     TokenMergeError,
     UnsupportedModelError,
 )
 from token_merge_plugin.patching import apply, remove, supported_models
+from token_merge_plugin.pipelines import install, patch_timm, uninstall
 
 # Registers LV-ViT with timm, unless another package has: its models are served as well.
 if not timm.is_model("lvvit_s"):
@@ -32,11 +34,15 @@ __all__ = [
     "ConfigError",
     "DataError",
     "MergeConfig",
+    "MissingExtraError",
     "PatchStateError",
     "TokenMergeError",
     "UnsupportedModelError",
     "apply",
+    "install",
+    "patch_timm",
     "register_adapter",
     "remove",
     "supported_models",
+    "uninstall",
 ]
