@@ -17,7 +17,9 @@ from train_reference import MODELS, create_model
 
 import token_merge_plugin
 from token_merge_plugin.builtin import WEIGHTS, load_images
-from token_merge_plugin.trial import run_trial
+from token_merge_plugin.counting import count_macs
+from token_merge_plugin.measuring import plan
+from token_merge_plugin.trial import Counts, compare
 
 CONFIGS = {
     "default": {},
@@ -64,19 +66,27 @@ def main() -> None:
     images, labels = (x[: args.images].to(args.device) for x in load_images(args.data, args.split))
     model.to(args.device)
     contenders = [
-        token_merge_plugin.MergeConfig(rate, **options) for options in configs.values() for rate in args.keep_rates
+        None,
+        *(token_merge_plugin.MergeConfig(rate, **options) for options in configs.values() for rate in args.keep_rates),
     ]
-    with tqdm(total=(1 + len(contenders)) * -(-len(images) // 50), desc="forward passes") as bar:
-        unpatched, *rows = run_trial(model, images, labels, contenders, progress=bar.update)
-    print(f"{len(images)} images, unpatched: top-1 {unpatched.top1:.2%}, {unpatched.gmacs:.3f} GMACs")
+    macs = [count_macs(plan(model, config), images[:1]) for config in contenders]
+    sums = [Counts() for _ in contenders]
+    for batch in tqdm(range(0, len(images), 50), desc="batches"):
+        part = slice(batch, batch + 50)
+        counts = compare(model.eval(), contenders, images[part], labels[part], batch_size=50)
+        sums = [total.add(more) for total, more in zip(sums, counts, strict=True)]
+    n = len(images)
+    print(f"{n} images, unpatched: top-1 {sums[0].top1 / n:.2%}, {macs[0] / 1e9:.3f} GMACs")
     print(f"torch {torch.__version__}, timm {timm.__version__}, token_merge_plugin {token_merge_plugin.__version__}\n")
     heads = [f"{rate}: {what}" for rate in args.keep_rates for what in ("reduction", "top-1", "agreement", "KL")]
     print("| options | " + " | ".join(heads) + " |")
     print("|---" + "|---:" * len(heads) + "|")
     for i, name in enumerate(configs):
+        rows = range(1 + i * len(args.keep_rates), 1 + (i + 1) * len(args.keep_rates))
         cells = [
-            f"{row.reduction:.1%} | {row.top1:.2%} | {row.agreement:.2%} | {row.kl:.1e}"
-            for row in rows[i * len(args.keep_rates) :][: len(args.keep_rates)]
+            f"{1 - macs[row] / macs[0]:.1%} | {sums[row].top1 / n:.2%} | {sums[row].agree / n:.2%} | "
+            f"{sums[row].kl / n:.1e}"
+            for row in rows
         ]
         print(f"| {name} | " + " | ".join(cells) + " |")
 

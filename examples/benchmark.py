@@ -9,17 +9,16 @@ activations are not given back to the system at each operation.
 """
 
 import argparse
+import math
 import platform
-import random
 import statistics
-import time
 
 import timm
 import torch
-from tqdm import tqdm
 
 import token_merge_plugin
 from token_merge_plugin.counting import count_macs
+from token_merge_plugin.measuring import time_in_turns
 
 
 def main() -> None:
@@ -34,28 +33,14 @@ def main() -> None:
     args = parser.parse_args()
 
     torch.manual_seed(args.seed)
-    random.seed(args.seed)
     device, dtype = torch.device(args.device), getattr(torch, args.dtype)
     model = timm.create_model(args.model).eval().to(device, dtype)
     size = timm.data.resolve_data_config(model=model)["input_size"]
     images = torch.randn(args.batch_size, *size, device=device, dtype=dtype)
     rates = [1.0, *args.keep_rates]
-    seconds: dict[float, list[float]] = {rate: [] for rate in rates}
-    macs = {}
-    with torch.inference_mode():
-        for rate in rates:
-            macs[rate] = count_macs(token_merge_plugin.apply(model, rate), images[:1])
-            model(images)
-        for _ in tqdm(range(args.rounds), desc="rounds"):
-            for rate in random.sample(rates, len(rates)):
-                token_merge_plugin.apply(model, rate)
-                if device.type == "cuda":
-                    torch.cuda.synchronize()
-                start = time.perf_counter()
-                model(images)
-                if device.type == "cuda":
-                    torch.cuda.synchronize()
-                seconds[rate].append(time.perf_counter() - start)
+    configs = [token_merge_plugin.MergeConfig(rate) for rate in rates]
+    macs = [count_macs(token_merge_plugin.apply(model, config), images[:1]) for config in configs]
+    seconds = time_in_turns(model, configs, images, rounds=args.rounds, seconds=math.inf)
 
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.machine()} CPU"
     threads = "" if device.type == "cuda" else f", {torch.get_num_threads()} threads"
@@ -63,11 +48,11 @@ def main() -> None:
     print(f"torch {torch.__version__}, timm {timm.__version__}, token_merge_plugin {token_merge_plugin.__version__}\n")
     print("| keep rate | GMACs | share of GMACs | share of time | speed-up | time share / GMAC share |")
     print("|---:|---:|---:|---:|---:|---:|")
-    for rate in rates:
-        time_share = statistics.median(a / b for a, b in zip(seconds[rate], seconds[1.0], strict=True))
-        mac_share = macs[rate] / macs[1.0]
+    for rate, of_rate, times in zip(rates, macs, seconds, strict=True):
+        time_share = statistics.median(a / b for a, b in zip(times, seconds[0], strict=True))
+        mac_share = of_rate / macs[0]
         print(
-            f"| {rate} | {macs[rate] / 1e9:.2f} | {mac_share:.3f} | {time_share:.3f} | {1 / time_share:.2f}x "
+            f"| {rate} | {of_rate / 1e9:.2f} | {mac_share:.3f} | {time_share:.3f} | {1 / time_share:.2f}x "
             f"| {time_share / mac_share:.2f} |"
         )
 

@@ -4,6 +4,7 @@ Papers on vision transformers call these FLOPs: DeiT-S has 4.6 GMACs. As there, 
 convolutions count; norms, activations, sums and sorting do not.
 """
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -11,7 +12,9 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from token_merge_plugin.config import tokens_kept
+from token_merge_plugin.config import MergeConfig, tokens_kept
+from token_merge_plugin.measuring import evaluating
+from token_merge_plugin.patching import apply
 
 
 @torch.no_grad()
@@ -22,18 +25,46 @@ def count_macs(model: nn.Module, images: Tensor) -> int:
         model: patched or not. It is run once in eval mode, and left as it was.
         images: [B, C, H, W]; one image is enough.
     """
-    modes = [(module, module.training) for module in model.modules()]
     # Detached, because the counter follows parameters into the backward pass, which fails on some models.
     tensors = {name: p.detach() for name, p in model.named_parameters()}
-    model.eval()
-    try:
-        # Without fused attention, because older counters do not know all of its kernels.
-        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-            torch.func.functional_call(model, tensors, (images,))
-    finally:
-        for module, training in modes:
-            module.training = training
+    # Without fused attention, because older counters do not know all of its kernels.
+    with evaluating(model), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        torch.func.functional_call(model, tensors, (images,))
     return counter.get_total_flops() // 2 // len(images)
+
+
+def equal_compute(model: nn.Module, image: Tensor, method: str, target: int, start: float = 0.7) -> MergeConfig:
+    """Return the config of a method that costs as many multiply-adds as asked for.
+
+    Token counts are whole numbers, so the target is met to within a token or so in each stage.
+
+    Args:
+        model: a supported model; it is left patched by the config.
+        image: [1, C, H, W].
+        method: of `MergeConfig`, with its default stages.
+        target: multiply-adds per image, as `count_macs` counts them.
+        start: a guess of the keep rate.
+
+    Raises:
+        ConfigError: the method does not fit the model.
+    """
+
+    def macs(rate: float) -> int:
+        return count_macs(apply(model, rate, method=method), image)
+
+    low, high = (0.01, macs(0.01)), (1.0, macs(1.0))  # keep rates below and above, with their multiply-adds
+    rate, best = start, (math.inf, start)
+    for _ in range(12):
+        counted = macs(rate)
+        best = min(best, (abs(counted - target), rate))
+        if best[0] <= 0.001 * target:
+            break
+        low, high = (low, (rate, counted)) if counted > target else ((rate, counted), high)
+        # Nearly linear in the rate; kept off the ends, towards which a straight line would creep.
+        share = (target - low[1]) / max(1, high[1] - low[1])
+        rate = low[0] + min(0.95, max(0.05, share)) * (high[0] - low[0])
+    apply(model, best[1], method=method)
+    return MergeConfig(best[1], method=method)
 
 
 def vit_macs(

@@ -26,7 +26,7 @@ from token_merge_plugin.merging import (
     windows,
 )
 from token_merge_plugin.multiscale import fuse
-from token_merge_plugin.state import Evidence, Merged, Pass, Plan
+from token_merge_plugin.state import Evidence, Merged, Pass, Plan, record
 
 # Masks hide by -inf or by a large negative number, such as the smallest of their dtype: -65504 in float16.
 HIDDEN = -1e4
@@ -87,6 +87,7 @@ def reduce_tokens(plan: Plan, state: Pass, x: Tensor, block: int) -> Tensor:
     tokens, size, assignment = _METHODS[plan.config.method](stage)
     token_map = follow(before.token_map, assignment)
     state.merged = Merged(size, token_map, before.representative.gather(1, assignment.crucial))
+    record(block, state)
     return torch.cat((x[:, :prefix], tokens), dim=1)
 
 

@@ -6,6 +6,8 @@ made during the pass and nothing else, and is gone when the pass is over.
 
 import itertools
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -92,10 +94,27 @@ class _Local(threading.local):
     def __init__(self) -> None:
         self.passes: dict[int, Pass] = {}
         self.edges: dict[int, Edge] = {}
+        self.trace: list[tuple[int, Pass]] | None = None
 
 
 _local = _Local()
 _keys = itertools.count()
+
+
+@contextmanager
+def recorded() -> Iterator[list[tuple[int, Pass]]]:
+    """Record every stage that this thread passes: (block, a copy of the pass behind it)."""
+    outer, _local.trace = _local.trace, []
+    try:
+        yield _local.trace
+    finally:
+        _local.trace = outer
+
+
+def record(block: int, state: Pass) -> None:
+    """Note a stage, if anybody wants to know."""
+    if _local.trace is not None:
+        _local.trace.append((block, Pass(*state.arguments())))
 
 
 @dataclass(eq=False)

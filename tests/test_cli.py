@@ -1,0 +1,278 @@
+"""The command `token-merge`, as a user runs it."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import timm
+import torch
+from PIL import Image
+
+import token_merge_plugin
+from token_merge_plugin.cli import main
+from token_merge_plugin.data import data_config, load_model, open_data
+from token_merge_plugin.results import from_json
+
+COMMAND = [sys.executable, "-m", "token_merge_plugin.cli"]
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """A folder of images in one folder a class, one of which is damaged, and weights for them."""
+    generator = torch.Generator().manual_seed(0)
+    for number in range(12):
+        folder = tmp_path / "photos" / f"class{number % 2}"
+        folder.mkdir(parents=True, exist_ok=True)
+        pixels = torch.randint(0, 256, (40, 50, 3), generator=generator, dtype=torch.uint8)
+        Image.fromarray(pixels.numpy()).save(folder / f"{number}.png")
+    (tmp_path / "photos" / "class0" / "damaged.png").write_bytes(b"no image")
+    model = timm.create_model("test_vit", num_classes=2)
+    torch.save(model.state_dict(), tmp_path / "weights.pth")
+    return [
+        "--model",
+        "test_vit",
+        "--num-classes",
+        "2",
+        "--checkpoint",
+        str(tmp_path / "weights.pth"),
+        "--workers",
+        "0",
+    ]
+
+
+def fast(monkeypatch):
+    """Time a single round of three passes."""
+    timed = token_merge_plugin.trial.time_in_turns
+    monkeypatch.setattr(
+        "token_merge_plugin.trial.time_in_turns",
+        lambda model, configs, images, **_: timed(model, configs, images, rounds=1, seconds=0),
+    )
+
+
+def test_a_trial_of_the_built_in_model_writes_everything_that_is_asked_for(tmp_path, monkeypatch, capsys):
+    fast(monkeypatch)
+    monkeypatch.chdir(tmp_path)
+    files = [word for kind in ("html", "json", "csv", "png") for word in (f"--{kind}", f"result.{kind}")]
+    arguments = ["trial", "--keep-rates", "0.7", "0.5", "--methods", "merge", "evit", "--num-images", "60", *files]
+    assert main([*arguments, "--workers", "0"]) == 0
+    output, errors = capsys.readouterr()
+    for column in ("keep rate", "GMACs", "reduction", "top-1", "agreement", "images/s", "speed-up"):
+        assert column in output
+    assert "60 of 1,000 labelled images" in output
+    assert "Keep rate" in output or "does not help" in output or "Method evit" in output
+    assert "60/60" in errors or "image" in errors  # tqdm leaves out refreshes that come too fast
+    result = from_json((tmp_path / "result.json").read_text())
+    assert [(row.method, row.keep_rate) for row in result.rows[1:]] == [
+        ("merge", 0.7),
+        ("merge", 0.5),
+        ("evit", 0.7),
+        ("evit", 0.5),
+    ]
+    assert result.command.startswith("token-merge trial --keep-rates 0.7 0.5")
+    assert (tmp_path / "result.csv").read_text().count("\n") == 6
+    page = (tmp_path / "result.html").read_text()
+    assert page.count("data:image/") >= 12
+    assert (tmp_path / "result.png").read_bytes().startswith(b"\x89PNG")
+    assert not list(tmp_path.glob("*.jsonl"))
+
+
+def test_a_trial_on_a_folder_counts_what_cannot_be_read(photos, tmp_path, monkeypatch, capsys):
+    fast(monkeypatch)
+    monkeypatch.chdir(tmp_path)
+    assert main(["trial", "-q", *photos, "--data", "photos", "--keep-rates", "0.5", "--json", "result.json"]) == 0
+    output, errors = capsys.readouterr()
+    result = from_json((tmp_path / "result.json").read_text())
+    assert (result.images, result.total_images, result.labelled) == (12, 12, True)
+    assert result.unreadable[0].endswith("damaged.png")
+    assert "1 image could not be read" in output
+    assert "it/s" not in errors
+    model = load_model("test_vit", checkpoint=tmp_path / "weights.pth", num_classes=2)
+    right = 0
+    with torch.inference_mode():
+        for batch in open_data(tmp_path / "photos", data_config(model), workers=0):
+            right += (model(batch.images).argmax(1) == batch.labels).sum().item()
+    assert result.rows[0].top1 == right / 12
+
+
+def test_a_trial_without_labels_goes_by_agreement(photos, tmp_path, monkeypatch, capsys):
+    fast(monkeypatch)
+    monkeypatch.chdir(tmp_path)
+    arguments = ["trial", "-q", *photos, "--data", "photos/class1", "--keep-rates", "0.5"]
+    assert main(arguments) == 0
+    output = capsys.readouterr().out
+    assert "6 unlabelled images" in output
+    assert "agreement" in output
+    assert "top-1" not in output
+
+
+def test_ctrl_c_ends_a_trial_with_130_and_the_same_command_goes_on(tmp_path, monkeypatch, capsys):
+    fast(monkeypatch)
+    monkeypatch.chdir(tmp_path)
+    compare, calls = token_merge_plugin.trial.compare, []
+
+    def interrupted(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return compare(*args, **kwargs)
+
+    monkeypatch.setattr("token_merge_plugin.trial.compare", interrupted)
+    arguments = ["trial", "-q", "--keep-rates", "0.7", "--num-images", "100", "--batch-size", "20", "--json", "r.json"]
+    assert main([*arguments, "--workers", "0"]) == 130
+    output, errors = capsys.readouterr()
+    assert "interrupted after 40 of 100 images" in output
+    assert "The same command goes on from here" in errors
+    assert len(list(tmp_path.glob("*.jsonl"))) == 1
+    assert main([*arguments, "--workers", "0"]) == 0
+    assert len(calls) == 3 + 3
+    assert "going on behind" in capsys.readouterr().err
+    assert from_json((tmp_path / "r.json").read_text()).images == 100
+    assert not list(tmp_path.glob("*.jsonl"))
+
+
+def test_evaluate_under_torchrun_gives_what_one_process_gives(tmp_path):
+    arguments = ["evaluate", "--keep-rate", "0.6", "--num-images", "101", "-q", "--workers", "0", "--json"]
+    assert main([*arguments, str(tmp_path / "one.json")]) == 0
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    run = subprocess.run(
+        [*torchrun, "-m", "token_merge_plugin.cli", *arguments, str(tmp_path / "two.json")],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.count("| keep rate") == 2  # two tables, of one process alone
+    one, two = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("one", "two"))
+    assert (one["images"], two["images"]) == (101, 101)
+    for row, other in zip(one["rows"], two["rows"], strict=True):
+        assert row["kl"] == pytest.approx(other["kl"], rel=1e-3, abs=1e-7)
+        assert [row[k] for k in ("top1", "top5", "agreement")] == [other[k] for k in ("top1", "top5", "agreement")]
+
+
+def test_bench_times_every_batch_size(capsys):
+    arguments = ["--model", "test_vit", "--no-pretrained", "--keep-rates", "0.5", "--batch-sizes", "1", "3"]
+    assert main(["bench", "-q", *arguments, "--rounds", "1"]) == 0
+    output = capsys.readouterr().out
+    assert "batch 1\n" in output
+    assert "batch 3\n" in output
+    assert "speed-up" in output
+    assert "top-1" not in output
+
+
+def test_show_draws_every_stage(photos, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    image = "photos/class1/1.png"
+    assert main(["show", image, "--output", "tokens.png", "--keep-rate", "0.5", *photos[:6], "--device", "cpu"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 4
+    assert lines[0].endswith("of 100 tokens")
+    assert Image.open("tokens.png").width > 4 * 100
+    assert main(["show", image, "--output", "missing/tokens.png", *photos[:6]]) == 2
+    assert "cannot be written" in capsys.readouterr().err
+    assert main(["show", image, "--model", "swin_tiny_patch4_window7_224", "--no-pretrained"]) == 2
+    assert "SwinTransformer merge tokens inside" in capsys.readouterr().err
+
+
+def test_list_prints_names_for_scripts(capsys):
+    assert main(["list", "--names"]) == 0
+    names = capsys.readouterr().out.split()
+    assert names == token_merge_plugin.supported_models()
+
+
+def test_run_patches_the_models_of_a_script(tmp_path, capsys):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import sys, timm\n"
+        "model = timm.create_model('test_vit')\n"
+        "print(type(model).__name__, sys.argv[1:])\n"
+        "sys.exit(int(sys.argv[2]))\n"
+    )
+    with pytest.raises(SystemExit) as stop:
+        main(["run", "--keep-rate", "0.7", str(script), "--model", "3"])
+    assert stop.value.code == 3
+    output, errors = capsys.readouterr()
+    assert output == "TokenMergeVisionTransformer ['--model', '3']\n"
+    assert "1 model patched" in errors
+    assert main(["run", "-m", "there_is_no_such_module"]) == 2
+
+
+def test_the_environment_does_not_patch_the_unpatched_model(tmp_path, capsys):
+    token_merge_plugin.install(0.5)
+    try:
+        arguments = ["--model", "test_vit", "--no-pretrained", "--keep-rates", "0.5", "--batch-sizes", "1"]
+        assert main(["bench", "-q", *arguments, "--rounds", "1"]) == 0
+        unpatched, patched = (line.split("|") for line in capsys.readouterr().out.splitlines()[-2:])
+        assert float(patched[3]) < float(unpatched[3])
+    finally:
+        token_merge_plugin.uninstall()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["trial", "--keep-rates", "1.5"], "outside (0, 1]"),
+        (["trial", "--data", "missing"], "missing"),
+        (["trial", "--model", "deit_smal_patch16_224"], "deit_small_patch16_224"),
+        (["trial", "--model", "test_vit", "--no-pretrained"], "give --data"),
+        (["trial", "--html", "missing/report.html"], "no folder missing"),
+        (["trial", "--stages", "3,99"], "99 does not exist"),
+        (["evaluate", "--method", "evit", "--r", "3"], "option of method 'tome'"),
+        (["show", "missing.jpg"], "missing.jpg"),
+        (["run", "missing.py"], "missing.py"),
+    ],
+)
+def test_bad_input_is_explained_and_exits_with_2(arguments, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 2
+    errors = capsys.readouterr().err
+    assert message in errors
+    assert "Traceback" not in errors
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["trial", "--batch-size", "0"],
+        ["trial", "--device", "nowhere"],
+        ["trial", "--methods", "magic"],
+        ["evaluate", "--keep-rate", "much"],
+        ["evaluate", "--stages", "first"],
+        ["trial", "-q", "-v"],
+    ],
+)
+def test_options_that_cannot_be_read_exit_with_2(arguments, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert stop.value.code == 2
+    assert "usage: token-merge" in capsys.readouterr().err
+
+
+def test_verbose_shows_the_traceback_of_an_error(capsys):
+    assert main(["trial", "-v", "--keep-rates", "1.5"]) == 2
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_ctrl_c_elsewhere_ends_the_command_with_130(monkeypatch, capsys):
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("token_merge_plugin.cli.load_model", interrupted)
+    assert main(["show", "image.png"]) == 130
+    assert "interrupted" in capsys.readouterr().err
+
+
+def test_the_version_is_the_packages(capsys):
+    with pytest.raises(SystemExit):
+        main(["--version"])
+    assert capsys.readouterr().out.strip() == token_merge_plugin.__version__
+
+
+@pytest.mark.parametrize("command", ["trial", "evaluate", "bench", "show", "list", "run"])
+def test_every_command_explains_itself_with_an_example(command, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([command, "--help"])
+    assert stop.value.code == 0
+    assert f"token-merge {command}" in capsys.readouterr().out.split("examples:")[1]

@@ -1,0 +1,113 @@
+"""Speed and memory of forward passes: of a model unpatched and patched, measured in turns."""
+
+import random
+import time
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from token_merge_plugin.config import MergeConfig
+from token_merge_plugin.patching import apply, remove
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put the model into eval mode for a while; each module is given its own mode back."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def plan(model: nn.Module, config: MergeConfig | None) -> nn.Module:
+    """Patch the model by `config`, or make it the unpatched one for None."""
+    return remove(model) if config is None else apply(model, config)
+
+
+@torch.inference_mode()
+def time_in_turns(
+    model: nn.Module, configs: Sequence[MergeConfig | None], images: Tensor, *, rounds: int = 20, seconds: float = 5.0
+) -> list[list[float]]:
+    """Time forward passes of one model under several configs, all of them in each round, in random order.
+
+    So a change in the machine's load meets all of them alike: compare times of the same round.
+
+    Args:
+        model: a supported model in eval mode. It is left with the config that came last.
+        configs: None for the unpatched model.
+        images: [B, C, H, W], one batch.
+        rounds: how many rounds, if there is time.
+        seconds: after this time no further round begins, but three rounds are always run.
+
+    Returns:
+        For each config, the seconds that a pass took in each round.
+    """
+    times: list[list[float]] = [[] for _ in configs]
+    for config in configs:  # warm-up
+        plan(model, config)(images)
+    order = random.Random(0)
+    begin = time.perf_counter()
+    for done in range(rounds):
+        if done >= 3 and time.perf_counter() - begin > seconds:
+            break
+        for index in order.sample(range(len(configs)), len(configs)):
+            plan(model, configs[index])
+            _synchronize(images)
+            start = time.perf_counter()
+            model(images)
+            _synchronize(images)
+            times[index].append(time.perf_counter() - start)
+    return times
+
+
+def _synchronize(images: Tensor) -> None:
+    if images.is_cuda:
+        torch.cuda.synchronize(images.device)
+
+
+@torch.inference_mode()
+def peak_memory(model: nn.Module, images: Tensor) -> int:
+    """Return the most bytes that the activations of a forward pass take at one time, weights and images not counted."""
+    if images.is_cuda:
+        torch.cuda.synchronize(images.device)
+        torch.cuda.reset_peak_memory_stats(images.device)
+        before = torch.cuda.memory_allocated(images.device)
+        model(images)
+        return torch.cuda.max_memory_allocated(images.device) - before
+    with _StorageMode() as mode:
+        model(images)
+    return mode.peak
+
+
+class _StorageMode(TorchDispatchMode):
+    """Counts the bytes of what operators return, until it is freed. What they need meanwhile is not seen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.peak = self.now = 0
+        self.known: weakref.WeakSet[Any] = weakref.WeakSet()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = {id(x.untyped_storage()) for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                storage = leaf.untyped_storage()
+                if storage not in self.known and id(storage) not in given:
+                    self.known.add(storage)
+                    self._take(storage.nbytes())
+                    weakref.finalize(storage, self._take, -storage.nbytes())
+        return result
+
+    def _take(self, size: int) -> None:
+        self.now += size
+        self.peak = max(self.peak, self.now)
