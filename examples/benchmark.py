@@ -3,9 +3,7 @@
     python examples/benchmark.py --model deit_small_patch16_224 --batch-size 8
 
 Weights and images are random: they do not change what is computed. Contenders take turns, each round in another
-order; the ratio is the median over rounds, so the machine's own ups and downs cancel. On glibc, set
-MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=8589934592 MALLOC_TOP_PAD_=268435456, so that large
-activations are not given back to the system at each operation.
+order; the ratio is the median over rounds, so the machine's own ups and downs cancel.
 """
 
 import argparse
@@ -18,7 +16,7 @@ import torch
 
 import token_merge_plugin
 from token_merge_plugin.counting import count_macs
-from token_merge_plugin.measuring import time_in_turns
+from token_merge_plugin.measuring import keep_freed_memory, time_in_turns
 
 
 def main() -> None:
@@ -32,6 +30,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
 
+    keep_freed_memory()
     torch.manual_seed(args.seed)
     device, dtype = torch.device(args.device), getattr(torch, args.dtype)
     model = timm.create_model(args.model).eval().to(device, dtype)

@@ -24,6 +24,7 @@ from token_merge_plugin.data import DEFAULT_WORKERS, Data, data_config, load_mod
 from token_merge_plugin.drawing import Picture, contact_sheet, picture_stages
 from token_merge_plugin.errors import ConfigError, DataError, TokenMergeError, UnsupportedModelError
 from token_merge_plugin.listing import format_families, list_families
+from token_merge_plugin.measuring import keep_freed_memory
 from token_merge_plugin.patching import apply, models_by_adapter, remove
 from token_merge_plugin.pipelines import run_script, uninstall
 from token_merge_plugin.report import require_charts, write_html, write_png
@@ -273,6 +274,7 @@ def _trial(args: argparse.Namespace) -> int:
     for path in (args.html, args.png, args.json, args.csv, args.log):
         if path is not None and not path.resolve().parent.is_dir():
             raise DataError(f"{path} cannot be written: there is no folder {path.parent}.")
+    keep_freed_memory()
     model = _load(args)
     data = _open(args, model)
     settings = {k: str(v) for k, v in vars(args).items() if k not in ("html", "png", "json", "csv", "command_line")}
@@ -413,6 +415,7 @@ def _add_bench(commands: Any) -> None:
 
 
 def _bench(args: argparse.Namespace) -> int:
+    keep_freed_memory()
     model = _load(args)
     size = data_config(model, img_size=args.img_size)["input_size"]
     print(f"{args.model or BUILTIN}, {args.amp or 'float32'}, {device_name(args.device)}")

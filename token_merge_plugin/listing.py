@@ -8,7 +8,9 @@ import timm
 import torch
 from torch import Tensor, nn
 
+from token_merge_plugin.config import METHODS
 from token_merge_plugin.counting import count_macs
+from token_merge_plugin.errors import ConfigError
 from token_merge_plugin.patching import apply, models_by_adapter
 
 
@@ -22,6 +24,7 @@ class FamilyRow:
         models: number of timm's models.
         reduces: what runs on fewer tokens.
         restores: where the full grid is restored.
+        methods: those that a model of the family takes; "evit" and "prune" need a class token.
         shares: smallest and largest share of the multiply-adds that is left, in (0, 1].
     """
 
@@ -30,6 +33,7 @@ class FamilyRow:
     models: int
     reduces: str
     restores: str
+    methods: tuple[str, ...]
     shares: tuple[float, float]
 
 
@@ -45,20 +49,36 @@ def list_families(
     """
     rows = []
     for adapter, names in models_by_adapter().items():
-        shares = []
+        shares: list[float] = []
+        methods: set[str] = set()
         for name in names if every_model else [adapter.example]:
             model, images = on_meta(name)
             full = count_macs(model, images)
             shares.append(count_macs(apply(model, keep_rate), images) / full)
+            methods.update(method for method in METHODS if _takes(model, method))
             if progress is not None:
                 progress(1)
         modules = tuple(module for module in adapter.timm_modules if module in timm.list_modules())
         rows.append(
             FamilyRow(
-                adapter.family, modules, len(names), adapter.reduces, adapter.restores, (min(shares), max(shares))
+                family=adapter.family,
+                modules=modules,
+                models=len(names),
+                reduces=adapter.reduces,
+                restores=adapter.restores,
+                methods=tuple(method for method in METHODS if method in methods),
+                shares=(min(shares), max(shares)),
             )
         )
     return rows
+
+
+def _takes(model: nn.Module, method: str) -> bool:
+    try:
+        apply(model, method=method)
+    except ConfigError:
+        return False
+    return True
 
 
 def on_meta(name: str) -> tuple[nn.Module, Tensor]:
@@ -70,11 +90,12 @@ def on_meta(name: str) -> tuple[nn.Module, Tensor]:
 
 def format_families(rows: Sequence[FamilyRow], keep_rate: float = 0.7) -> str:
     """Return the rows as a table for the terminal, which is also a table in Markdown."""
-    lines = [("family", "timm modules", "models", "reduced", "restored", f"GMACs left at {keep_rate}")]
+    lines = [("family", "timm modules", "models", "reduced", "restored", "methods", f"GMACs left at {keep_rate}")]
     for row in rows:
         least, most = (f"{share:.0%}" for share in row.shares)
         share = least if least == most else f"{least} to {most}"
-        lines.append((row.family, ", ".join(row.modules), str(row.models), row.reduces, row.restores, share))
+        methods = "all" if row.methods == METHODS else ", ".join(row.methods)
+        lines.append((row.family, ", ".join(row.modules), str(row.models), row.reduces, row.restores, methods, share))
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     padded = [[cell.ljust(width) for cell, width in zip(line, widths, strict=True)] for line in lines]
     padded.insert(1, ["-" * width for width in widths])

@@ -117,7 +117,7 @@ def run_trial(
     dtype: torch.dtype = torch.float32,
     accuracy: bool = True,
     rounds: int = 20,
-    seconds: float = 5.0,
+    seconds: float = 8.0,
     log: str | Path | None = None,
     command: str = "",
     progress: bool = False,
