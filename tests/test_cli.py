@@ -160,6 +160,16 @@ def test_bench_times_every_batch_size(capsys):
     assert "top-1" not in output
 
 
+def test_calibrate_writes_a_config_for_the_other_commands(photos, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["calibrate", "-q", *photos, "--data", "photos", "--target", "0.8"]) == 0
+    assert "block " in capsys.readouterr().out
+    assert main(["evaluate", "-q", *photos, "--data", "photos", "--config", "config.json", "--json", "r.json"]) == 0
+    assert from_json((tmp_path / "r.json").read_text()).rows[1].reduction == pytest.approx(0.2, abs=0.02)
+    assert main(["evaluate", "--config", "missing.json"]) == 2
+    assert "cannot be read" in capsys.readouterr().err
+
+
 def test_show_draws_every_stage(photos, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     image = "photos/class1/1.png"
@@ -270,7 +280,7 @@ def test_the_version_is_the_packages(capsys):
     assert capsys.readouterr().out.strip() == token_merge_plugin.__version__
 
 
-@pytest.mark.parametrize("command", ["trial", "evaluate", "bench", "show", "list", "run"])
+@pytest.mark.parametrize("command", ["trial", "evaluate", "calibrate", "bench", "show", "list", "run"])
 def test_every_command_explains_itself_with_an_example(command, capsys):
     with pytest.raises(SystemExit) as stop:
         main([command, "--help"])

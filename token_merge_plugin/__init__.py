@@ -11,6 +11,7 @@ After Bian et al., "Multi-Scale And Token Mergence: Make Your ViT More Efficient
 import timm
 
 from token_merge_plugin.adapters import Adapter, register_adapter
+from token_merge_plugin.calibration import calibrate
 from token_merge_plugin.config import MergeConfig
 from token_merge_plugin.errors import (
     ConfigError,
@@ -39,6 +40,7 @@ __all__ = [
     "TokenMergeError",
     "UnsupportedModelError",
     "apply",
+    "calibrate",
     "install",
     "patch_timm",
     "register_adapter",

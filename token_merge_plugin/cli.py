@@ -7,7 +7,7 @@ import shlex
 import sys
 import traceback
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
@@ -19,6 +19,7 @@ from torch import nn
 from tqdm import tqdm  # a dependency of timm's own dependency huggingface_hub
 
 from token_merge_plugin import __version__
+from token_merge_plugin.calibration import BUDGETS, calibrate
 from token_merge_plugin.config import METHODS, MergeConfig
 from token_merge_plugin.data import DEFAULT_WORKERS, Data, data_config, load_model, open_data
 from token_merge_plugin.drawing import Picture, contact_sheet, picture_stages
@@ -81,7 +82,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for add in (_add_trial, _add_evaluate, _add_bench, _add_show, _add_list, _add_run):
+    for add in (_add_trial, _add_evaluate, _add_calibrate, _add_bench, _add_show, _add_list, _add_run):
         add(commands)
     return parser
 
@@ -164,6 +165,7 @@ def _add_config_options(parser: Any) -> None:
     group.add_argument("--method", default="merge", choices=METHODS)
     group.add_argument("--r", type=int, metavar="TOKENS", help="of tome, instead of --keep-rate: merged in each block")
     group.add_argument("--stages", type=_blocks, metavar="BLOCKS", help="that reduce tokens, such as 2,5,8")
+    group.add_argument("--config", type=Path, metavar="FILE", help="of token-merge calibrate, instead of all these")
 
 
 def _rates(text: str) -> float | list[float]:
@@ -190,6 +192,11 @@ def _device(text: str) -> torch.device:
 
 
 def _config(args: argparse.Namespace) -> MergeConfig:
+    if args.config is not None:
+        try:
+            return MergeConfig.from_json(args.config.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError) as error:
+            raise DataError(f"{args.config} cannot be read: {error}. Give a file of token-merge calibrate.") from error
     return MergeConfig(args.keep_rate, method=args.method, r=args.r, stages=args.stages)
 
 
@@ -394,6 +401,49 @@ def _evaluate(args: argparse.Namespace) -> int:
         if args.json:
             args.json.write_text(to_json(result), encoding="utf-8")
     return 130 if result.images < result.total_images else 0
+
+
+def _add_calibrate(commands: Any) -> None:
+    parser = _add_command(
+        commands,
+        "calibrate",
+        _calibrate,
+        "choose the stages and keep rates for your model and a budget, without labels",
+        "Find the schedule that moves the model's output the least, for a share of its work, on some of your images.\n"
+        "The file that is written is for --config of the other commands, and for MergeConfig.from_json.",
+        "  token-merge calibrate --target 0.67 --output config.json && token-merge evaluate --config config.json\n"
+        "  token-merge calibrate --model deit_small_patch16_224.fb_in1k --data photos --budget latency --target 0.7",
+    )
+    group = parser.add_argument_group("what is looked for")
+    group.add_argument("--target", type=float, default=0.67, metavar="SHARE", help="of the work (default: 0.67)")
+    group.add_argument("--budget", choices=BUDGETS, default="compute", help="what work is: multiply-adds, or time")
+    group.add_argument("--output", type=Path, default=Path("config.json"), metavar="FILE", help="default: config.json")
+    _add_model_options(parser)
+    _add_data_options(parser)
+    _add_device_options(parser)
+    parser.set_defaults(num_images=300, unlabelled=True)
+
+
+def _calibrate(args: argparse.Namespace) -> int:
+    keep_freed_memory()
+    model = _load(args)
+    images = torch.cat([batch.images for batch in _open(args, model)])
+    with torch.autocast(args.device.type, DTYPES[args.amp or "float32"], enabled=args.amp is not None):
+        config = calibrate(
+            model,
+            images,
+            args.target,
+            budget=args.budget,
+            batch_size=_batch_size(args),
+            seed=args.seed,
+            progress=not args.quiet,
+        )
+    args.output.write_text(config.to_json() + "\n", encoding="utf-8")
+    assert isinstance(config.keep_rate, Mapping)
+    for block, rate in config.keep_rate.items():
+        print(f"block {block}: keep rate {rate:.3f}")
+    print(f"Written: {args.output}")
+    return 0
 
 
 def _add_bench(commands: Any) -> None:

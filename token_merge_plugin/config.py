@@ -1,5 +1,6 @@
 """What the user may ask for: `MergeConfig`, its validation, and the way from keep rates to token counts."""
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -16,7 +17,7 @@ Amount: TypeAlias = float | int
 METHODS = ("merge", "tome", "evit", "prune", "random")
 IMPORTANCE = ("auto", "class_attention", "mean_query", "uniform")
 SIMILARITY = ("tokens", "keys", "values")
-MULTI_SCALE = ("off", "importance", "descriptors")
+MULTI_SCALE = ("off", "importance", "descriptors", "learned")
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,9 @@ class MergeConfig:
         similarity: descriptors that decide which crucial token takes a merged one: "tokens" (as they leave the
             attention's residual), "keys" or "values".
         multi_scale: where features of several scales of the patch grid are fused in: "off", "importance" or
-            "descriptors". They help to choose tokens; the tokens themselves stay as they are.
+            "descriptors", where they help to choose tokens, which stay as they are; or "learned", into the tokens in
+            front of the first stage, by depthwise convolutions whose gates start at zero: to be trained. Their
+            parameters join the model's `state_dict`, with "token_merge_fusion" in their names.
         proportional_attention: attend to a merged token as often as to the patches it stands for (ToMe, Bolya et
             al. 2023, section 3). Of "merge" and "tome"; always off in the others.
 
@@ -117,6 +120,28 @@ class MergeConfig:
         if isinstance(keep_rate, MergeConfig):
             return replace(keep_rate, **options)  # type: ignore[arg-type]
         return cls(keep_rate, **options)  # type: ignore[arg-type]
+
+    def to_json(self) -> str:
+        """Return the options that are not the defaults as JSON, for `from_json`."""
+        options = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
+        if isinstance(self.keep_rate, Mapping):  # JSON's keys are strings
+            options |= {"keep_rate": list(self.keep_rate.values()), "stages": list(self.keep_rate)}
+        return json.dumps(options)
+
+    @classmethod
+    def from_json(cls, text: str) -> "MergeConfig":
+        """Read what `to_json` wrote.
+
+        Raises:
+            ConfigError: the text is not that, or an option has a value that is not allowed.
+        """
+        try:
+            options = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ConfigError(f'The options are not JSON such as {{"stages": [2, 5, 8]}}: {error}.') from error
+        if not isinstance(options, dict):
+            raise ConfigError('The options are not a JSON object such as {"stages": [2, 5, 8]}.')
+        return cls.of(options.pop("keep_rate", 0.7), **options)
 
     def schedule(
         self, depth: int, default: Sequence[int] | None = None, sections: Sequence[range] | None = None

@@ -5,7 +5,7 @@ convolutions count; norms, activations, sums and sorting do not.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +33,9 @@ def count_macs(model: nn.Module, images: Tensor) -> int:
     return counter.get_total_flops() // 2 // len(images)
 
 
-def equal_compute(model: nn.Module, image: Tensor, method: str, target: int, start: float = 0.7) -> MergeConfig:
+def equal_compute(
+    model: nn.Module, image: Tensor, method: str, target: int, start: float = 0.7, stages: Sequence[int] | None = None
+) -> MergeConfig:
     """Return the config of a method that costs as many multiply-adds as asked for.
 
     Token counts are whole numbers, so the target is met to within a token or so in each stage.
@@ -41,16 +43,17 @@ def equal_compute(model: nn.Module, image: Tensor, method: str, target: int, sta
     Args:
         model: a supported model; it is left patched by the config.
         image: [1, C, H, W].
-        method: of `MergeConfig`, with its default stages.
+        method: of `MergeConfig`.
         target: multiply-adds per image, as `count_macs` counts them.
         start: a guess of the keep rate.
+        stages: of `MergeConfig`.
 
     Raises:
         ConfigError: the method does not fit the model.
     """
 
     def macs(rate: float) -> int:
-        return count_macs(apply(model, rate, method=method), image)
+        return count_macs(apply(model, rate, method=method, stages=stages), image)
 
     low, high = (0.01, macs(0.01)), (1.0, macs(1.0))  # keep rates below and above, with their multiply-adds
     rate, best = start, (math.inf, start)
@@ -63,8 +66,9 @@ def equal_compute(model: nn.Module, image: Tensor, method: str, target: int, sta
         # Nearly linear in the rate; kept off the ends, towards which a straight line would creep.
         share = (target - low[1]) / max(1, high[1] - low[1])
         rate = low[0] + min(0.95, max(0.05, share)) * (high[0] - low[0])
-    apply(model, best[1], method=method)
-    return MergeConfig(best[1], method=method)
+    config = MergeConfig(best[1], method=method, stages=stages)
+    apply(model, config)
+    return config
 
 
 def vit_macs(

@@ -18,10 +18,12 @@ from token_merge_plugin.adapters.base import Patched, Place, patched_class
 from token_merge_plugin.adapters.refused import REFUSED
 from token_merge_plugin.config import KeepRate, MergeConfig
 from token_merge_plugin.errors import ConfigError, PatchStateError, UnsupportedModelError
+from token_merge_plugin.multiscale import MultiScaleFusion
 from token_merge_plugin.state import Plan
 
 Model = TypeVar("Model", bound=nn.Module)
-Change: TypeAlias = tuple[nn.Module, type[Patched], Place]
+# A module, what patches it, its place in the plan, and the learned part that it is given, if any.
+Change: TypeAlias = tuple[nn.Module, type[Patched], Place, MultiScaleFusion | None]
 
 
 def apply(model: Model, keep_rate: KeepRate | MergeConfig = 0.7, **options: Any) -> Model:
@@ -48,9 +50,10 @@ def apply(model: Model, keep_rate: KeepRate | MergeConfig = 0.7, **options: Any)
     config = MergeConfig.of(keep_rate, **options)
     _check_model(model)
     before = _patches(model)
+    learned = [fusion for *_, fusion in before if fusion is not None]
     _unpatch(before)
     try:
-        _patch([change for part, adapter in _served(model) for change in _changes(part, adapter, config)])
+        _patch([change for part, adapter in _served(model) for change in _changes(part, adapter, config, learned)])
     except Exception:
         _patch(before)
         raise
@@ -86,14 +89,36 @@ def models_by_adapter() -> dict[Adapter, list[str]]:
     return served
 
 
+def stage_choices(model: nn.Module) -> tuple[list[range], tuple[int, ...]]:
+    """Return the runs of blocks through which tokens may stay fewer, and the default stages.
+
+    Blocks that give back the whole grid are runs of their own.
+
+    Raises:
+        UnsupportedModelError: there is no model that is served in `model`, or there are several.
+    """
+    served = _served(model)
+    if len(served) > 1:
+        raise UnsupportedModelError(f"{type(model).__name__} has {len(served)} vision transformers. Give one of them.")
+    part, adapter = served[0]
+    sections = adapter.sections(part)
+    if adapter.model_mixin is None:
+        sections = [range(block, block + 1) for section in sections for block in section]
+    return sections, adapter.default_stages(part)
+
+
 def _patch(changes: list[Change]) -> None:
-    for module, mixin, place in changes:
+    for module, mixin, place, fusion in changes:
         module._token_merge = place  # type: ignore[assignment]
         module.__class__ = patched_class(mixin, type(module))
+        if fusion is not None:
+            module.token_merge_fusion = fusion
 
 
 def _unpatch(changes: list[Change]) -> None:
-    for module, _, _ in changes:
+    for module, _, _, fusion in changes:
+        if fusion is not None:
+            del module.token_merge_fusion
         module.__class__ = type(module)._token_merge_parts[1]  # type: ignore[attr-defined]
         del module._token_merge
 
@@ -106,7 +131,15 @@ def _patches(model: nn.Module) -> list[Change]:
             raise PatchStateError(
                 f"A patched module was made a {type(module).__name__} since. Undo that first, or remove before it."
             )
-    return [(module, type(module)._token_merge_parts[0], module._token_merge) for module in patched]
+    return [
+        (
+            module,
+            type(module)._token_merge_parts[0],
+            module._token_merge,
+            module._modules.get("token_merge_fusion"),  # type: ignore[misc]
+        )
+        for module in patched
+    ]
 
 
 def _check_model(model: nn.Module) -> None:
@@ -158,7 +191,7 @@ def _served(model: nn.Module) -> list[tuple[nn.Module, Adapter]]:
     return served
 
 
-def _changes(model: Any, adapter: Adapter, config: MergeConfig) -> list[Change]:
+def _changes(model: Any, adapter: Adapter, config: MergeConfig, learned: list[MultiScaleFusion]) -> list[Change]:
     """Plan what is to be done to a served model, without touching it."""
     blocks = adapter.blocks(model)
     if not blocks:
@@ -180,6 +213,9 @@ def _changes(model: Any, adapter: Adapter, config: MergeConfig) -> list[Change]:
                 f"Block {block} of this {type(model).__name__} cannot reduce tokens: it changes the grid, or is of "
                 f"another kind. Choose from blocks {allowed}."
             )
+    if config.multi_scale == "learned":
+        _check_learned(model, adapter, sections)
+    fused = min(schedule, default=None) if config.multi_scale == "learned" else None
     class_tokens = adapter.num_class_tokens(model)
     if config.importance == "class_attention" and not class_tokens:
         raise ConfigError(
@@ -205,11 +241,33 @@ def _changes(model: Any, adapter: Adapter, config: MergeConfig) -> list[Change]:
     )
     changes: list[Change] = []
     if adapter.model_mixin is not None:
-        changes.append((model, adapter.model_mixin, Place(plan, -1)))
+        changes.append((model, adapter.model_mixin, Place(plan, -1), None))
     for index, of_block in enumerate(mixins):
         if adapter.model_mixin is not None or index in schedule:
-            changes += [(module, mixin, Place(plan, index)) for module, mixin in of_block]
+            fusion = _fusion(model, of_block[0][0], learned) if index == fused else None
+            changes += [(module, mixin, Place(plan, index), None) for module, mixin in of_block[1:]]
+            changes.append((*of_block[0], Place(plan, index), fusion))
     return changes
+
+
+def _fusion(model: Any, block: nn.Module, learned: list[MultiScaleFusion]) -> MultiScaleFusion:
+    """Return a multi-scale fusion for a block: one that the model had before, or a new one."""
+    for fusion in learned:
+        if fusion.gates.shape[1] == model.embed_dim:
+            learned.remove(fusion)
+            return fusion
+    parameter = next(block.parameters())
+    return MultiScaleFusion(model.embed_dim, parameter.device, parameter.dtype).train(block.training)
+
+
+def _check_learned(model: Any, adapter: Adapter, sections: list[range]) -> None:
+    """Refuse learned multi-scale fusion where the tokens in front of the first stage are not one grid of one width."""
+    grid = adapter.grid_size(model) is not None or getattr(model, "dynamic_img_size", False)
+    if len(sections) != 1 or not isinstance(getattr(model, "embed_dim", None), int) or not grid:
+        raise ConfigError(
+            f"multi_scale='learned' needs tokens of one width on one known grid, which this {type(model).__name__} "
+            "does not have. Leave multi_scale at 'off'."
+        )
 
 
 def _check_on_entry(model: nn.Module, config: MergeConfig) -> None:

@@ -11,16 +11,15 @@ installed package has a line in site-packages, token_merge_plugin.pth, that sees
 starts inherit them.
 """
 
-import json
 import os
 import runpy
 import sys
 import threading
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import fields
+from dataclasses import replace
 from types import ModuleType, TracebackType
 from typing import Any
 
@@ -174,10 +173,10 @@ def install_from_environment(timm_module: ModuleType | None = None) -> None:
     if not given:
         return
     try:
-        options = _parsed_options(given.get(OPTIONS_VARIABLE, "{}"))
+        config = MergeConfig.from_json(given.get(OPTIONS_VARIABLE, "{}"))
         if KEEP_RATE_VARIABLE in given:
-            options["keep_rate"] = _parsed_keep_rate(given[KEEP_RATE_VARIABLE])
-        install(**options)
+            config = replace(config, keep_rate=_parsed_keep_rate(given[KEEP_RATE_VARIABLE]))
+        install(config)
     except ConfigError as error:
         asked = ", ".join(f"{name}={value!r}" for name, value in given.items())
         raise ConfigError(f"In the environment, {asked}: {error} Or unset the variable.") from error
@@ -189,16 +188,6 @@ def _parsed_keep_rate(text: str) -> float | list[float]:
     except ValueError:
         raise ConfigError("The keep rate is no number such as 0.7, nor numbers such as 0.9,0.8,0.7.") from None
     return rates if "," in text else rates[0]
-
-
-def _parsed_options(text: str) -> dict[str, Any]:
-    try:
-        options = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ConfigError(f'The options are not JSON such as {{"stages": [2, 5, 8]}}: {error}.') from error
-    if not isinstance(options, dict):
-        raise ConfigError('The options are not a JSON object such as {"stages": [2, 5, 8]}.')
-    return options
 
 
 def run_script(
@@ -279,11 +268,8 @@ def _main_program(target: str | os.PathLike[str], arguments: Sequence[str], modu
 @contextmanager
 def _environment(config: MergeConfig) -> Iterator[None]:
     """Set the environment variables so that `install_from_environment` installs this config in another process."""
-    options = {f.name: getattr(config, f.name) for f in fields(config) if getattr(config, f.name) != f.default}
-    if isinstance(config.keep_rate, Mapping):  # JSON's keys are strings
-        options.update(keep_rate=list(config.keep_rate.values()), stages=list(config.keep_rate))
     before = {name: os.environ.pop(name, None) for name in (KEEP_RATE_VARIABLE, OPTIONS_VARIABLE)}
-    os.environ[OPTIONS_VARIABLE] = json.dumps(options)
+    os.environ[OPTIONS_VARIABLE] = config.to_json()
     try:
         yield
     finally:

@@ -25,7 +25,7 @@ from token_merge_plugin.merging import (
     take,
     windows,
 )
-from token_merge_plugin.multiscale import fuse
+from token_merge_plugin.multiscale import MultiScaleFusion, fuse
 from token_merge_plugin.state import Evidence, Merged, Pass, Plan, record
 
 # Masks hide by -inf or by a large negative number, such as the smallest of their dtype: -65504 in float16.
@@ -89,6 +89,17 @@ def reduce_tokens(plan: Plan, state: Pass, x: Tensor, block: int) -> Tensor:
     state.merged = Merged(size, token_map, before.representative.gather(1, assignment.crucial))
     record(block, state)
     return torch.cat((x[:, :prefix], tokens), dim=1)
+
+
+def fuse_scales(state: Pass, x: Tensor, fusion: MultiScaleFusion) -> Tensor:
+    """Fuse learned multi-scale features into the image tokens of x [B, P + N, C], which are still on their full grid.
+
+    Where there is no full grid (patch dropout in training), tokens stay as they are.
+    """
+    prefix, grid = state.num_prefix_tokens, state.grid_size
+    if grid is None or grid[0] * grid[1] != state.num_patches:
+        return x
+    return torch.cat((x[:, :prefix], fusion(x[:, prefix:], grid)), dim=1)
 
 
 def _merge(stage: Stage) -> Reduced:

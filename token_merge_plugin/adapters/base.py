@@ -19,7 +19,8 @@ from token_merge_plugin.attention import attention
 from token_merge_plugin.config import MergeConfig, default_stages
 from token_merge_plugin.errors import PatchStateError, UnsupportedModelError
 from token_merge_plugin.merging import restore, take
-from token_merge_plugin.reduction import merge_within, reduce_tokens
+from token_merge_plugin.multiscale import MultiScaleFusion
+from token_merge_plugin.reduction import fuse_scales, merge_within, reduce_tokens
 from token_merge_plugin.state import Evidence, Merged, Pass, Plan
 
 
@@ -184,6 +185,9 @@ class PatchedBlock(Patched):
 
     def _run(self, state: Pass, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         plan, block = self._token_merge
+        fusion = self._modules.get("token_merge_fusion")
+        if isinstance(fusion, MultiScaleFusion):
+            x = fuse_scales(state, x, fusion)
         if block in plan.schedule:
             return self.stage_forward(x, lambda x: reduce_tokens(plan, state, x, block), *args, **kwargs)
         return self.later_forward(x, *args, **kwargs)
