@@ -1,9 +1,11 @@
 """The built-in model and images, and the trial: what it measures, and how it stops and goes on."""
 
+import ctypes
 import gzip
 import json
 import math
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 import timm
@@ -15,7 +17,7 @@ from models import make
 from token_merge_plugin import ConfigError, DataError, MergeConfig, UnsupportedModelError, apply, remove
 from token_merge_plugin.builtin import CLASSES, FOLDER, create_reference_model, load_images, read_idx
 from token_merge_plugin.counting import count_macs, equal_compute
-from token_merge_plugin.measuring import peak_memory, time_in_turns
+from token_merge_plugin.measuring import keep_freed_memory, peak_memory, time_in_turns
 from token_merge_plugin.tracing import trace
 from token_merge_plugin.trial import Tensors, compare, evaluate, paired_interval, run_trial
 
@@ -328,6 +330,15 @@ def test_contenders_are_timed_in_turns():
     assert all(len({*pair}) == 2 for pair in zip(order[::2], order[1::2], strict=True))
     few = time_in_turns(model, [None], make_images(2), rounds=100, seconds=0)
     assert len(few[0]) == 3
+
+
+def test_glibc_is_asked_to_keep_memory_and_others_are_left_alone(monkeypatch):
+    calls = []
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: SimpleNamespace(mallopt=lambda *call: calls.append(call)))
+    keep_freed_memory()
+    assert calls == [(-4, 0), (-1, 2**31 - 1), (-2, 2**28)]  # no mmap, no trimming, room at the top
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: SimpleNamespace())  # musl, macOS
+    keep_freed_memory()
 
 
 def test_peak_memory_is_that_of_the_tensors_that_live_at_one_time():

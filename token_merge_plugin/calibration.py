@@ -99,15 +99,20 @@ class _Calibration:
         return replace(self.base, keep_rate=dict(sorted(schedule.items())))
 
     def moved(self, schedule: Mapping[int, float]) -> float:
-        """Return how far the output moves: KL divergence in nats, or 1 - cosine for a model without classes."""
+        """Return how far the output moves, mean over images of the root of the KL divergence to the unpatched one.
+
+        For a model without classes, of 1 - the cosine of the outputs.
+        """
         plan(self.model, self.config(schedule))
         total = 0.0
         for batch, expected in zip(self.batches, self.expected, strict=True):
             output = self._output(batch)
             if getattr(self.model, "num_classes", None) == 0:
-                total += (1 - F.cosine_similarity(output, expected)).sum().item()
+                distance = 1 - F.cosine_similarity(output, expected)
             else:
-                total += F.kl_div(output, expected, log_target=True, reduction="sum").item()
+                distance = F.kl_div(output, expected, log_target=True, reduction="none").sum(dim=1)
+            # The root, or a few images that move far would decide for all the others.
+            total += distance.clamp(min=0).sqrt().sum().item()
         return total / sum(map(len, self.batches))
 
     def share(self, schedule: Mapping[int, float]) -> float:
@@ -124,7 +129,7 @@ class _Calibration:
         self, sections: Sequence[range], default: Sequence[int], target: float, budget: str, moves: int, seed: int
     ) -> MergeConfig:
         blocks = [block for section in sections for block in section]
-        total = len(blocks) * len(PROBES) + 3 + moves
+        total = len(blocks) * len(PROBES) + 4 + moves
         with tqdm(total=total, desc="calibration", unit="schedule", leave=False, disable=not self.progress) as bar:
             prices = {block: self._price(block, bar) for block in blocks}
             savings = {block: (1 - self.share({block: PROBES[1]})) / (1 - PROBES[1]) for block in blocks}
@@ -160,9 +165,10 @@ class _Calibration:
         return price
 
     def _fixed(self, sections: Sequence[range], default: Sequence[int], share: float) -> list[dict[int, float]]:
-        """Return schedules of equal rates to hold the path against: the default stages, and one block earlier."""
+        """Return schedules of equal rates to hold the path against: default stages, one block earlier, every block."""
+        every = [block for section in sections for block in section]
         earlier = {max(section.start, block - 1) for section in sections for block in default if block in section}
-        return [self._fitted(dict.fromkeys(stages, 0.7), share) for stages in (default, sorted(earlier))]
+        return [self._fitted(dict.fromkeys(stages, 0.7), share) for stages in (default, sorted(earlier), every)]
 
     def _fitted(self, schedule: Mapping[int, float], share: float) -> dict[int, float]:
         """Raise all rates to one power, so that the schedule leaves that share of the multiply-adds."""
