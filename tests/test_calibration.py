@@ -136,7 +136,7 @@ def test_prices_grow_with_what_is_merged_and_meet_what_was_measured(scale, growt
         ((1.5,), {}, ConfigError, "in \\(0, 1\\)"),
         ((1,), {}, ConfigError, "not a float"),
         ((0.67,), {"budget": "money"}, ConfigError, "budget='money'"),
-        ((0.01,), {}, ConfigError, "is the least"),
+        ((0.01,), {}, ConfigError, "No schedule leaves 0.01"),
         ((0.67,), {"method": "tome"}, ConfigError, "leave method and stages out"),
         ((0.67,), {"stages": (1, 2)}, ConfigError, "leave method and stages out"),
         ((0.67,), {"similarity": "magic"}, ConfigError, "similarity"),

@@ -27,6 +27,7 @@ def photos(tmp_path):
         pixels = torch.randint(0, 256, (40, 50, 3), generator=generator, dtype=torch.uint8)
         Image.fromarray(pixels.numpy()).save(folder / f"{number}.png")
     (tmp_path / "photos" / "class0" / "damaged.png").write_bytes(b"no image")
+    torch.manual_seed(0)
     model = timm.create_model("test_vit", num_classes=2)
     torch.save(model.state_dict(), tmp_path / "weights.pth")
     return [

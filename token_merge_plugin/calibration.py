@@ -134,19 +134,25 @@ class _Calibration:
             prices = {block: self._price(block, bar) for block in blocks}
             savings = {block: (1 - self.share({block: PROBES[1]})) / (1 - PROBES[1]) for block in blocks}
 
-            def path(share: float) -> dict[int, float]:
-                return self._fitted(_cheapest(sections, prices, savings, 1 - share), share)
+            def candidates(share: float) -> list[dict[int, float]]:
+                path = self._fitted(_cheapest(sections, prices, savings, 1 - share), share)
+                found = ([] if path is None else [path]) + self._fixed(sections, default, share)
+                if not found:
+                    raise ConfigError(f"No schedule leaves {share:.2f} of this model's work. Choose a larger target.")
+                return found
 
             share = target
             if budget == "latency":
                 for _ in range(3):
-                    share = min(0.99, max(0.05, share + target - self.time_share(path(share))))
-            candidates = [path(share), *self._fixed(sections, default, share)]
-            measured = [self._measured(schedule, bar) for schedule in candidates]
-            best, schedule = min(zip(measured, candidates, strict=True), key=lambda pair: pair[0])
+                    share = min(0.99, max(0.05, share + target - self.time_share(candidates(share)[0])))
+            found = candidates(share)
+            measured = [self._measured(schedule, bar) for schedule in found]
+            best, schedule = min(zip(measured, found, strict=True), key=lambda pair: pair[0])
             draw = random.Random(seed)
             for _ in range(moves):
                 changed = self._fitted(_moved(schedule, blocks, draw), share)
+                if changed is None:
+                    continue
                 moved = self._measured(changed, bar)
                 if moved < best:
                     best, schedule = moved, changed
@@ -168,14 +174,15 @@ class _Calibration:
         """Return schedules of equal rates to hold the path against: default stages, one block earlier, every block."""
         every = [block for section in sections for block in section]
         earlier = {max(section.start, block - 1) for section in sections for block in default if block in section}
-        return [self._fitted(dict.fromkeys(stages, 0.7), share) for stages in (default, sorted(earlier), every)]
+        fixed = [self._fitted(dict.fromkeys(stages, 0.7), share) for stages in (default, sorted(earlier), every)]
+        return [schedule for schedule in fixed if schedule is not None]
 
-    def _fitted(self, schedule: Mapping[int, float], share: float) -> dict[int, float]:
-        """Raise all rates to one power, so that the schedule leaves that share of the multiply-adds."""
+    def _fitted(self, schedule: Mapping[int, float], share: float) -> dict[int, float] | None:
+        """Raise all rates to one power, so that the schedule leaves that share of the work; None if it cannot."""
         low, high = (0.0, 1.0), (1.0, self.share(schedule))
         while high[1] > share:
             if high[0] > 1000:
-                raise ConfigError(f"No schedule leaves {share:.2f} of this model's work: {high[1]:.2f} is the least.")
+                return None
             low, high = high, (2 * high[0], self.share(_powers(schedule, 2 * high[0])))
         power, best = high[0], (math.inf, high[0])
         for _ in range(12):
