@@ -38,7 +38,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, IterableDataset
 from torchvision.transforms.functional import to_pil_image
 
-from token_merge_plugin.builtin import CLASSES, FOLDER, MEAN, STD, create_reference_model, load_images
+from token_merge_plugin.builtin import CLASSES, FOLDER, MEAN, STD, create_reference_model, load_pixels
 from token_merge_plugin.errors import ConfigError, DataError, MissingExtraError
 
 NO_LABEL = -1
@@ -482,8 +482,8 @@ class _FashionMnist:
     """Reader of a folder of Fashion-MNIST's IDX files."""
 
     def __init__(self, folder: Path, split: str):
-        images, self.labels = load_images(folder, "train" if split in ("train", "training") else "t10k")
-        self.images = ((images[:, 0] * STD + MEAN) * 255).round().byte().numpy()  # [B, 28, 28]
+        images, self.labels = load_pixels(folder, "train" if split in ("train", "training") else "t10k")
+        self.images = images.numpy()  # [B, 28, 28]
 
     def __len__(self) -> int:
         return len(self.images)

@@ -105,15 +105,15 @@ def read_idx(path: str | Path) -> Tensor:
     return torch.frombuffer(bytearray(raw[header:]), dtype=torch.uint8).reshape(shape)
 
 
-def load_images(folder: str | Path = FOLDER, split: str = "t10k") -> tuple[Tensor, Tensor]:
-    """Load Fashion-MNIST images and labels.
+def load_pixels(folder: str | Path = FOLDER, split: str = "t10k") -> tuple[Tensor, Tensor]:
+    """Load Fashion-MNIST images and labels as they are in the files.
 
     Args:
         folder: folder of the IDX files; by default the shipped sample of 1,000 test images.
         split: "t10k" (test) or "train", as the files are named.
 
     Returns:
-        images, float [B, 1, 28, 28], normalised as in training; labels, int64 [B].
+        images, uint8 [B, 28, 28]; labels, uint8 [B].
 
     Raises:
         DataError: a file is missing or damaged.
@@ -126,4 +126,17 @@ def load_images(folder: str | Path = FOLDER, split: str = "t10k") -> tuple[Tenso
     images, labels = arrays
     if len(images) != len(labels):
         raise DataError(f"{folder} has {len(images)} images but {len(labels)} labels in its {split} files.")
+    return images, labels
+
+
+def load_images(folder: str | Path = FOLDER, split: str = "t10k") -> tuple[Tensor, Tensor]:
+    """Load Fashion-MNIST images and labels for the built-in model.
+
+    Args, Raises:
+        as `load_pixels`.
+
+    Returns:
+        images, float [B, 1, 28, 28], normalised as in training; labels, int64 [B].
+    """
+    images, labels = load_pixels(folder, split)
     return (images[:, None].float() / 255 - MEAN) / STD, labels.long()
