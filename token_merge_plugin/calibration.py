@@ -8,7 +8,7 @@ programming. Steps are then moved between blocks as long as that brings the outp
 
 import math
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
@@ -134,18 +134,24 @@ class _Calibration:
             prices = {block: self._price(block, bar) for block in blocks}
             savings = {block: (1 - self.share({block: PROBES[1]})) / (1 - PROBES[1]) for block in blocks}
 
-            def candidates(share: float) -> list[dict[int, float]]:
-                path = self._fitted(_cheapest(sections, prices, savings, 1 - share), share)
-                found = ([] if path is None else [path]) + self._fixed(sections, default, share)
-                if not found:
-                    raise ConfigError(f"No schedule leaves {share:.2f} of this model's work. Choose a larger target.")
-                return found
+            fixed = _fixed(sections, default)
+
+            def candidates(share: float) -> Iterator[dict[int, float]]:
+                for schedule in (_cheapest(sections, prices, savings, 1 - share), *fixed):
+                    fitted = self._fitted(schedule, share)
+                    if fitted is not None:
+                        yield fitted
 
             share = target
             if budget == "latency":
                 for _ in range(3):
-                    share = min(0.99, max(0.05, share + target - self.time_share(candidates(share)[0])))
-            found = candidates(share)
+                    first = next(candidates(share), None)
+                    if first is None:
+                        raise _unreachable(share)
+                    share = min(0.99, max(0.05, share + target - self.time_share(first)))
+            found = list(candidates(share))
+            if not found:
+                raise _unreachable(share)
             measured = [self._measured(schedule, bar) for schedule in found]
             best, schedule = min(zip(measured, found, strict=True), key=lambda pair: pair[0])
             draw = random.Random(seed)
@@ -170,13 +176,6 @@ class _Calibration:
             price.append((1 - rate, largest))
         return price
 
-    def _fixed(self, sections: Sequence[range], default: Sequence[int], share: float) -> list[dict[int, float]]:
-        """Return schedules of equal rates to hold the path against: default stages, one block earlier, every block."""
-        every = [block for section in sections for block in section]
-        earlier = {max(section.start, block - 1) for section in sections for block in default if block in section}
-        fixed = [self._fitted(dict.fromkeys(stages, 0.7), share) for stages in (default, sorted(earlier), every)]
-        return [schedule for schedule in fixed if schedule is not None]
-
     def _fitted(self, schedule: Mapping[int, float], share: float) -> dict[int, float] | None:
         """Raise all rates to one power, so that the schedule leaves that share of the work; None if it cannot."""
         low, high = (0.0, 1.0), (1.0, self.share(schedule))
@@ -194,6 +193,17 @@ class _Calibration:
             position = (low[1] - share) / max(1e-9, low[1] - high[1])
             power = low[0] + min(0.9, max(0.1, position)) * (high[0] - low[0])
         return _powers(schedule, best[1])
+
+
+def _unreachable(share: float) -> ConfigError:
+    return ConfigError(f"No schedule leaves {share:.2f} of this model's work. Choose a larger target.")
+
+
+def _fixed(sections: Sequence[range], default: Sequence[int]) -> list[dict[int, float]]:
+    """Return schedules of equal rates to hold the path against: default stages, one block earlier, every block."""
+    every = [block for section in sections for block in section]
+    earlier = {max(section.start, block - 1) for section in sections for block in default if block in section}
+    return [dict.fromkeys(stages, 0.7) for stages in (default, sorted(earlier), every)]
 
 
 def _powers(schedule: Mapping[int, float], power: float) -> dict[int, float]:
