@@ -340,7 +340,29 @@ def check_fsdp(rank, world_size):
                 remove(model)
 
 
-@pytest.mark.parametrize("check", [check_ddp, check_fsdp])
+def check_new_keep_rate_after_fsdp(rank, world_size):
+    model = apply(make().train(), 0.9, multi_scale="learned")
+    for block in model.blocks:
+        fully_shard(block)
+    fully_shard(model)
+    classes = [type(module) for module in model.modules()]
+    reference = apply(make().train(), 0.5, multi_scale="learned")
+    reference.load_state_dict({name: p.full_tensor() for name, p in model.state_dict().items()})
+    apply(model, 0.5, multi_scale="learned")
+    assert [type(module) for module in model.modules()] == classes
+    x = images(model, batch=2 * world_size)
+    reference(x).square().mean().backward()
+    model(x[2 * rank : 2 * rank + 2]).square().mean().backward()
+    for p, q in zip(model.parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(p.grad.full_tensor(), q.grad, rtol=1e-4, atol=1e-5)
+    output = model(x).detach()
+    for other in ({"keep_rate": 1.0}, {"keep_rate": {0: 0.5}, "multi_scale": "learned"}):
+        with pytest.raises(PatchStateError, match="Keep rates may change"):
+            apply(model, **other)
+    assert torch.equal(model(x).detach(), output)
+
+
+@pytest.mark.parametrize("check", [check_ddp, check_fsdp, check_new_keep_rate_after_fsdp])
 def test_two_processes_give_the_gradients_of_one(check, tmp_path):
     distributed(check, tmp_path)
 

@@ -8,7 +8,7 @@ its import hooks.
 
 import sys
 from types import FrameType
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import nn
@@ -22,8 +22,25 @@ from token_merge_plugin.multiscale import MultiScaleFusion
 from token_merge_plugin.state import Plan
 
 Model = TypeVar("Model", bound=nn.Module)
-# A module, what patches it, its place in the plan, and the learned part that it is given, if any.
-Change: TypeAlias = tuple[nn.Module, type[Patched], Place, MultiScaleFusion | None]
+
+
+class Change(NamedTuple):
+    """What is done to one module: its patched class, its place in the plan, and the learned part that it is given."""
+
+    module: nn.Module
+    cls: type[nn.Module]
+    place: Place
+    fusion: MultiScaleFusion | None = None
+
+    @property
+    def parts(self) -> tuple[type[Patched], type[nn.Module]]:
+        """The mixin and the original class, also where another library has made a subclass since."""
+        return self.cls._token_merge_parts  # type: ignore[attr-defined]
+
+    @property
+    def wrapped(self) -> bool:
+        """Whether another library, such as FSDP2, has made the patched class another one."""
+        return "_token_merge_parts" not in vars(self.cls)
 
 
 def apply(model: Model, keep_rate: KeepRate | MergeConfig = 0.7, **options: Any) -> Model:
@@ -50,10 +67,11 @@ def apply(model: Model, keep_rate: KeepRate | MergeConfig = 0.7, **options: Any)
     config = MergeConfig.of(keep_rate, **options)
     _check_model(model)
     before = _patches(model)
-    learned = [fusion for *_, fusion in before if fusion is not None]
+    learned = [change.fusion for change in before if change.fusion is not None]
     _unpatch(before)
     try:
-        _patch([change for part, adapter in _served(model) for change in _changes(part, adapter, config, learned)])
+        after = [change for part, adapter in _served(model) for change in _changes(part, adapter, config, learned)]
+        _patch(_wrapped_as_before(before, after))
     except Exception:
         _patch(before)
         raise
@@ -67,7 +85,13 @@ def remove(model: Model) -> Model:
         PatchStateError: the model is compiled, in the middle of a forward pass, or was sharded after `apply`.
     """
     _check_model(model)
-    _unpatch(_patches(model))
+    changes = _patches(model)
+    for change in changes:
+        if change.wrapped:
+            raise PatchStateError(
+                f"A patched module was made a {change.cls.__name__} since. Undo that first, or remove before it."
+            )
+    _unpatch(changes)
     return model
 
 
@@ -108,38 +132,46 @@ def stage_choices(model: nn.Module) -> tuple[list[range], tuple[int, ...]]:
 
 
 def _patch(changes: list[Change]) -> None:
-    for module, mixin, place, fusion in changes:
+    for module, cls, place, fusion in changes:
         module._token_merge = place  # type: ignore[assignment]
-        module.__class__ = patched_class(mixin, type(module))
+        module.__class__ = cls
         if fusion is not None:
             module.token_merge_fusion = fusion
 
 
 def _unpatch(changes: list[Change]) -> None:
-    for module, _, _, fusion in changes:
-        if fusion is not None:
+    for change in changes:
+        module = change.module
+        if change.fusion is not None:
             del module.token_merge_fusion
-        module.__class__ = type(module)._token_merge_parts[1]  # type: ignore[attr-defined]
+        module.__class__ = change.parts[1]
         del module._token_merge
 
 
 def _patches(model: nn.Module) -> list[Change]:
     """Return what was done to the model, in the form in which `_patch` does it."""
-    patched = [module for module in model.modules() if isinstance(module, Patched)]
-    for module in patched:
-        if "_token_merge_parts" not in vars(type(module)):
-            raise PatchStateError(
-                f"A patched module was made a {type(module).__name__} since. Undo that first, or remove before it."
-            )
     return [
-        (
-            module,
-            type(module)._token_merge_parts[0],
-            module._token_merge,
-            module._modules.get("token_merge_fusion"),  # type: ignore[misc]
-        )
-        for module in patched
+        Change(module, type(module), module._token_merge, module._modules.get("token_merge_fusion"))  # type: ignore[arg-type]
+        for module in model.modules()
+        if isinstance(module, Patched)
     ]
+
+
+def _wrapped_as_before(before: list[Change], after: list[Change]) -> list[Change]:
+    """Return the new changes, with the classes that another library has made of patched ones since.
+
+    Raises:
+        PatchStateError: such a module would not be patched as it was.
+    """
+    wrapped = {change.module: change for change in before if change.wrapped}
+    new = {change.module: change for change in after}
+    for module, old in wrapped.items():
+        if module not in new or (new[module].parts, new[module].fusion) != (old.parts, old.fusion):
+            raise PatchStateError(
+                f"A patched module was made a {old.cls.__name__} since. Keep rates may change now, but not which "
+                "modules are patched and how. Undo that first, or apply before it."
+            )
+    return [change._replace(cls=wrapped[change.module].cls) if change.module in wrapped else change for change in after]
 
 
 def _check_model(model: nn.Module) -> None:
@@ -241,12 +273,13 @@ def _changes(model: Any, adapter: Adapter, config: MergeConfig, learned: list[Mu
     )
     changes: list[Change] = []
     if adapter.model_mixin is not None:
-        changes.append((model, adapter.model_mixin, Place(plan, -1), None))
+        changes.append(Change(model, patched_class(adapter.model_mixin, type(model)), Place(plan, -1)))
     for index, of_block in enumerate(mixins):
         if adapter.model_mixin is not None or index in schedule:
             fusion = _fusion(model, of_block[0][0], learned) if index == fused else None
-            changes += [(module, mixin, Place(plan, index), None) for module, mixin in of_block[1:]]
-            changes.append((*of_block[0], Place(plan, index), fusion))
+            of_block = [*of_block[1:], of_block[0]]
+            changes += [Change(part, patched_class(mixin, type(part)), Place(plan, index)) for part, mixin in of_block]
+            changes[-1] = changes[-1]._replace(fusion=fusion)
     return changes
 
 
