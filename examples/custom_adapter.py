@@ -34,6 +34,3 @@ class CustomAdapter(Adapter):
 
     def num_class_tokens(self, model):
         return 1
-
-    def reads_class_tokens(self, model):
-        return True

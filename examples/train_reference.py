@@ -12,9 +12,17 @@ An average-pooled model, from the built-in one:
     python examples/train_reference.py --data ... --output vit_avg.safetensors --model vit_avg \
         --init token_merge_plugin/builtin/vit_fashion_mnist.safetensors --schedule 1x0.75 --lr 2e-3
 
-A small Swin Transformer, whose windows need every patch:
+A small Swin Transformer and a small LV-ViT, which need every patch:
 
     python examples/train_reference.py --data ... --output swin.safetensors --model swin --schedule 5x0
+    python examples/train_reference.py --data ... --output lvvit.safetensors --model lvvit --schedule 2x0
+
+A ViT of DeiT-S's shape, trained briefly, in bfloat16:
+
+    python examples/train_reference.py --data ... --output deit_small.safetensors --model deit_small --schedule 1x0.75 \
+        --bfloat16 --batch-size 128
+
+With --images 55000, the last 5,000 training images are held out, to choose options on.
 """
 
 import argparse
@@ -30,19 +38,30 @@ from timm.models import load_checkpoint
 from timm.models.eva import Eva
 from timm.models.swin_transformer import SwinTransformer
 from timm.optim import create_optimizer_v2
+from torch import Tensor
 from tqdm import tqdm
 
-from token_merge_plugin.builtin import create_reference_model, load_images
+from token_merge_plugin.builtin import ConvStem, create_reference_model, load_images
+from token_merge_plugin.measuring import keep_freed_memory
+from token_merge_plugin.models.lvvit import LVViT, token_labeling_loss
 
 SCHEDULE = "6x0.75 1x0.5 1x0"
-MODELS = ("vit", "vit_avg", "vit_rope", "swin")
+MODELS = ("vit", "vit_avg", "vit_rope", "deit_small", "lvvit", "swin")
+
+
+class GridStem(ConvStem):
+    """The built-in model's patch embedding, with its output as LV-ViT wants it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj(x).permute(0, 2, 3, 1)  # [B, h, w, C]
 
 
 def create_model(name: str) -> torch.nn.Module:
     """Build one of `MODELS` with random weights, for 28x28 grey images and 10 classes.
 
     "vit" is the built-in model, "vit_avg" the same with average pooling, "vit_rope" an average-pooled one whose only
-    positions are rotary, "swin" has 14x14 patches in windows of 7x7.
+    positions are rotary, "deit_small" the built-in one in DeiT-S's width, with 384 channels and 6 heads; "lvvit" has 64
+    channels, "swin" has 14x14 patches in windows of 7x7.
     """
     shared: dict[str, Any] = {"img_size": 28, "patch_size": 2, "in_chans": 1, "num_classes": 10}
     if name == "swin":
@@ -60,6 +79,13 @@ def create_model(name: str) -> torch.nn.Module:
             use_rot_pos_emb=True,
             head_init_scale=1.0,
         )
+    if name == "lvvit":
+        # Made for patches of 16x16 pixels: 14x14 patches are 224x224 pixels to it.
+        model = LVViT(224, in_chans=1, num_classes=10, embed_dim=64, depth=12, num_heads=2, skip_lam=1.0)
+        model.patch_embed = GridStem(embed_dim=64)
+        return model
+    if name == "deit_small":
+        return create_reference_model(pretrained=False, patch_drop_rate=0.5, embed_dim=384, num_heads=6)
     pool = "avg" if name == "vit_avg" else "token"
     return create_reference_model(pretrained=False, patch_drop_rate=0.5, global_pool=pool, fc_norm=False)
 
@@ -70,11 +96,20 @@ def read_schedule(text: str) -> list[float]:
     return [float(drop) for epochs, drop in pairs for _ in range(int(epochs))]
 
 
-def learning_rate(step: int, steps: int, peak: float, warmup: int = 200) -> float:
+def learning_rate(step: int, steps: int, peak: float) -> float:
     """Linear warm-up, then half a cosine down to zero."""
+    warmup = min(200, steps // 5)
     if step < warmup:
         return peak * (step + 1) / warmup
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+
+def loss_of(output: Any, labels: Tensor, smoothing: float = 0.1) -> Tensor:
+    """Return the loss of what the model returns in training; the patches of an LV-ViT have the label of their image."""
+    if isinstance(output, Tensor):
+        return F.cross_entropy(output, labels, label_smoothing=smoothing)
+    target = F.one_hot(labels, output[0].shape[1]) * (1 - smoothing) + smoothing / output[0].shape[1]
+    return token_labeling_loss(output, target)
 
 
 @torch.inference_mode()
@@ -93,6 +128,8 @@ def main() -> None:
     parser.add_argument("--schedule", default=SCHEDULE, help="epochs x share of the patches dropped, phase by phase")
     parser.add_argument("--model", default="vit", choices=MODELS)
     parser.add_argument("--init", type=Path, help="weights to start from (default: random)")
+    parser.add_argument("--images", type=int, default=60_000, help="train on the first so many")
+    parser.add_argument("--bfloat16", action="store_true", help="autocast to it (always done on CUDA)")
     parser.add_argument("--batch-size", type=int, default=96)
     parser.add_argument("--lr", type=float, default=6e-3)
     parser.add_argument("--seed", type=int, default=0)
@@ -100,9 +137,10 @@ def main() -> None:
     parser.add_argument("--save-every", type=int, default=250, help="steps between two checkpoints")
     args = parser.parse_args()
 
+    keep_freed_memory()
     torch.manual_seed(args.seed)
     device = torch.device(args.device)
-    images, labels = (t.to(device) for t in load_images(args.data, "train"))
+    images, labels = (t[: args.images].to(device) for t in load_images(args.data, "train"))
     drops = read_schedule(args.schedule)
     model = create_model(args.model).to(device)
     if args.init:
@@ -136,8 +174,8 @@ def main() -> None:
         patch_drop.prob = drops[epoch]
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, steps, args.lr)
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            loss = F.cross_entropy(model(x), y, label_smoothing=0.1)
+        with torch.autocast(device.type, torch.bfloat16, enabled=args.bfloat16 or device.type == "cuda"):
+            loss = loss_of(model(x), y)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()

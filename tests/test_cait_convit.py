@@ -56,7 +56,7 @@ def test_a_token_attends_as_its_representative_to_all_patches(kind):
 
 @both
 def test_no_class_token_attends_where_tokens_are_reduced(kind):
-    with pytest.raises(ConfigError, match="mean_query"):
+    with pytest.raises(ConfigError, match="choose 'uniform'"):
         apply(make(kind), 0.6, importance="class_attention")
 
 

@@ -40,7 +40,7 @@ def test_the_schedule_keeps_within_the_budget(calibrated):
 def test_it_moves_the_output_less_than_the_default_stages_on_images_that_it_has_not_seen(calibrated):
     model, x = create_reference_model(), load_images()[0][100:500]
     target = int(0.6 * count_macs(model, x[:1]))
-    default = equal_compute(model, x[:1], "merge", target)
+    default = equal_compute(model, x[:1], MergeConfig(), target)
     assert moved(model, calibrated, x) < moved(model, default, x)
 
 

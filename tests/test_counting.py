@@ -31,7 +31,6 @@ def test_the_closed_formula_is_what_torch_counts(keep_rate, class_token, reg_tok
         depth=6,
         schedule=MergeConfig(keep_rate).schedule(6),
         num_prefix_tokens=class_token + reg_tokens,
-        num_class_tokens=int(class_token),
         mlp_ratio=3,
         patch_dim=48,
         num_classes=7,

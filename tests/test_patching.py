@@ -365,7 +365,8 @@ def test_an_adapter_from_outside_the_package_serves_a_class_that_nobody_here_kno
         assert apply(model, 0.5)(x).shape == expected.shape
         assert not torch.equal(model(x), expected)
         assert count_macs(model, x) < 0.7 * macs
-        assert model._token_merge.plan.class_queries == 1
+        assert apply(model, 0.5, importance="class_attention")._token_merge.plan.class_queries == 1
+        apply(model, 0.5)
         compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
         torch.testing.assert_close(compiled(x), model(x))
         assert torch.equal(remove(model)(x), expected)

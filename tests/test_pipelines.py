@@ -699,7 +699,7 @@ def test_a_bad_value_in_the_environment_is_an_error_that_names_the_variable(name
         MergeConfig((0.9, 0.8, 0.5)),
         MergeConfig({1: 0.9, 4: 0.6}),
         MergeConfig({}),
-        MergeConfig(0.5, stages=(2, 4), importance="mean_query", distinctiveness=False),
+        MergeConfig(0.5, stages=(2, 4), importance="uniform", distinctiveness=False),
     ],
 )
 def test_a_script_has_its_options_in_its_environment(config, tmp_path, monkeypatch):

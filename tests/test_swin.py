@@ -156,7 +156,7 @@ def test_whole_images_drop_their_path_in_training():
 def test_options_that_need_attention_are_refused():
     for options in (
         {"similarity": "keys"},
-        {"importance": "mean_query"},
+        {"importance": "class_attention"},
         {"multi_scale": "importance"},
         {"distinctiveness": False},
     ):

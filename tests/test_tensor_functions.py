@@ -1,5 +1,7 @@
 """Attention, importance and multi-scale fusion against independent formulas."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from token_merge_plugin.attention import _size_as_channel, additive_mask, attention, causal_mask
-from token_merge_plugin.importance import mean_query, query_row_attention
+from token_merge_plugin.importance import evenly_spaced, query_row_attention
 from token_merge_plugin.multiscale import SCALES, fuse
 
 
@@ -77,13 +79,24 @@ def test_head_weights_subtract_heads_and_importance_is_the_magnitude():
     torch.testing.assert_close(row.double(), expected, rtol=1e-5, atol=1e-6)
 
 
-@given(st.lists(st.integers(1, 6), min_size=1, max_size=8))
-def test_the_mean_query_counts_a_token_once_for_each_patch(sizes):
-    query = qkv(tokens=len(sizes))[0]
-    size = torch.tensor(sizes)
-    expected = repeated(query, size, 2).mean(2, keepdim=True)
-    torch.testing.assert_close(mean_query(query, size.double().expand(2, -1)), expected)
-    torch.testing.assert_close(mean_query(query, None), query.mean(2, keepdim=True))
+@given(st.integers(1, 200), st.integers(1, 40))
+def test_evenly_spaced_positions_cut_the_tokens_into_equal_parts(tokens, count):
+    positions = evenly_spaced(tokens, count, None, torch.device("cpu"))[0].tolist()
+    assert positions == [math.floor((j + 0.5) * tokens / count + 1e-9) for j in range(count)]
+    assert all(0 <= position < tokens for position in positions)
+
+
+@given(st.lists(st.booleans(), min_size=1, max_size=30).filter(any), st.integers(1, 20))
+def test_evenly_spaced_positions_pass_over_padding(real, count):
+    positions = evenly_spaced(len(real), count, torch.tensor([real]), torch.device("cpu"))[0].tolist()
+    mine = [position for position, is_real in enumerate(real) if is_real]
+    alone = evenly_spaced(len(mine), count, None, torch.device("cpu"))[0].tolist()
+    assert positions == [mine[position] for position in alone]
+
+
+def test_an_image_of_nothing_but_padding_has_positions_too():
+    real = torch.zeros(1, 5, dtype=torch.bool)
+    assert evenly_spaced(5, 3, real, real.device).max() < 5
 
 
 def test_multi_scale_fusion_is_the_mean_of_a_patch_and_of_its_neighbourhoods():

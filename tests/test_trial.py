@@ -98,7 +98,7 @@ def test_methods_are_compared_at_equal_multiply_adds(result):
 def test_a_method_can_be_set_to_a_number_of_multiply_adds(method, share):
     model, image = create_reference_model(), load_images()[0][:1]
     target = int(share * count_macs(model, image))
-    config = equal_compute(model, image, method, target)
+    config = equal_compute(model, image, MergeConfig(method=method), target)
     assert config.method == method
     assert count_macs(apply(model, config), image) == pytest.approx(target, rel=0.005)
 

@@ -242,30 +242,21 @@ def test_patch_dropout_in_training_leaves_the_sequence_as_long_as_unpatched():
 
 
 def test_both_prefix_tokens_of_a_distilled_deit_count():
-    model = apply(make("distilled"), 0.5)
-    plan = model._token_merge.plan
+    plan = apply(make("distilled"), 0.5, importance="class_attention")._token_merge.plan
     assert plan.num_prefix_tokens == plan.class_queries == 2
 
 
 @pytest.mark.parametrize(
-    ("kind", "class_queries"),
-    [
-        ("Block", 1),
-        ("distilled", 2),
-        ("register tokens", 1),
-        ("class token, no pool", 1),
-        ("class token, avg", 0),
-        ("no class token, avg", 0),
-        ("no class token, map", 0),
-    ],
+    ("kind", "class_tokens"),
+    [("Block", 1), ("distilled", 2), ("register tokens", 1), ("class token, avg", 1)],
 )
-def test_the_class_token_says_what_matters_where_the_output_is_read_from_it(kind, class_queries):
-    plan = apply(make(kind), 0.5)._token_merge.plan
-    assert (plan.class_queries, plan.mean_query) == (class_queries, True)
-    plan = apply(make(kind), 0.5, importance="mean_query")._token_merge.plan
-    assert (plan.class_queries, plan.mean_query) == (0, True)
-    plan = apply(make(kind), 0.5, importance="uniform")._token_merge.plan
-    assert (plan.class_queries, plan.mean_query) == (0, False)
+def test_the_class_tokens_say_what_matters_only_where_that_is_asked_for(kind, class_tokens):
+    def queries(**options):
+        return apply(make(kind), 0.5, **options)._token_merge.plan.class_queries
+
+    assert queries() == 0
+    assert queries(importance="class_attention") == queries(method="evit") == queries(method="prune") == class_tokens
+    assert queries(importance="uniform") == queries(method="tome") == 0
 
 
 def test_register_tokens_are_neither_scored_nor_merged():
@@ -277,7 +268,7 @@ def test_register_tokens_are_neither_scored_nor_merged():
 
 
 @pytest.mark.parametrize("kind", ["Block", "no class token, avg"])
-@pytest.mark.parametrize("importance", ["mean_query", "uniform"])
+@pytest.mark.parametrize("importance", ["auto", "uniform"])
 @pytest.mark.parametrize("similarity", ["tokens", "keys", "values"])
 @pytest.mark.parametrize("multi_scale", ["off", "importance", "descriptors"])
 def test_every_option_runs(kind, importance, similarity, multi_scale):

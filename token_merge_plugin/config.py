@@ -15,7 +15,7 @@ KeepRate: TypeAlias = float | Sequence[float] | Mapping[int, float]
 Amount: TypeAlias = float | int
 
 METHODS = ("merge", "tome", "evit", "prune", "random")
-IMPORTANCE = ("auto", "class_attention", "mean_query", "uniform")
+IMPORTANCE = ("auto", "class_attention", "uniform")
 SIMILARITY = ("tokens", "keys", "values")
 MULTI_SCALE = ("off", "importance", "descriptors", "learned")
 
@@ -35,10 +35,9 @@ class MergeConfig:
         r: of "tome" only, and instead of keep_rate: how many tokens each block merges, at most half of them.
         stages: indices of the blocks that reduce tokens, counted through the whole network; None for the family's
             measured default: blocks at 1/4, 1/2 and 3/4 of the depth where tokens leave the sequence for good.
-        importance: whose attention says how much an image token matters. "class_attention": that of the class token
-            (and of DeiT's distillation token). "mean_query": that of the mean of the image tokens' queries.
-            "auto": both, or only the latter where the output is not read from the class token. "uniform": nobody's,
-            distinctiveness alone decides.
+        importance: whose attention says how much an image token matters. "auto": that of 16 image tokens, evenly
+            spaced, which stand for all; where tokens are merged before they attend, nobody's. "class_attention": that
+            of the class token (and of DeiT's distillation token). "uniform": nobody's, distinctiveness alone decides.
         distinctiveness: weigh the importance of a token by how little it resembles the tokens that stay.
         similarity: descriptors that decide which crucial token takes a merged one: "tokens" (as they leave the
             attention's residual), "keys" or "values".

@@ -5,7 +5,8 @@ convolutions count; norms, activations, sums and sorting do not.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from token_merge_plugin.config import MergeConfig, tokens_kept
 from token_merge_plugin.measuring import evaluating
 from token_merge_plugin.patching import apply
+from token_merge_plugin.reduction import SAMPLED_QUERIES
 
 
 @torch.no_grad()
@@ -33,30 +35,28 @@ def count_macs(model: nn.Module, images: Tensor) -> int:
     return counter.get_total_flops() // 2 // len(images)
 
 
-def equal_compute(
-    model: nn.Module, image: Tensor, method: str, target: int, start: float = 0.7, stages: Sequence[int] | None = None
-) -> MergeConfig:
-    """Return the config of a method that costs as many multiply-adds as asked for.
+def equal_compute(model: nn.Module, image: Tensor, base: MergeConfig, target: int) -> MergeConfig:
+    """Return a config, with the keep rate that costs as many multiply-adds as asked for.
 
-    Token counts are whole numbers, so the target is met to within a token or so in each stage.
+    Token counts are whole numbers, so the target is met to within a token or so in each stage; or not at all, where the
+    config's stages cannot leave so little.
 
     Args:
         model: a supported model; it is left patched by the config.
         image: [1, C, H, W].
-        method: of `MergeConfig`.
+        base: the config, whose keep rate, a float, is the first guess.
         target: multiply-adds per image, as `count_macs` counts them.
-        start: a guess of the keep rate.
-        stages: of `MergeConfig`.
 
     Raises:
-        ConfigError: the method does not fit the model.
+        ConfigError: the config does not fit the model.
     """
 
     def macs(rate: float) -> int:
-        return count_macs(apply(model, rate, method=method, stages=stages), image)
+        return count_macs(apply(model, replace(base, keep_rate=rate)), image)
 
     low, high = (0.01, macs(0.01)), (1.0, macs(1.0))  # keep rates below and above, with their multiply-adds
-    rate, best = start, (math.inf, start)
+    rate = base.keep_rate if isinstance(base.keep_rate, float) else 0.7
+    best = (math.inf, rate)
     for _ in range(12):
         counted = macs(rate)
         best = min(best, (abs(counted - target), rate))
@@ -66,7 +66,7 @@ def equal_compute(
         # Nearly linear in the rate; kept off the ends, towards which a straight line would creep.
         share = (target - low[1]) / max(1, high[1] - low[1])
         rate = low[0] + min(0.95, max(0.05, share)) * (high[0] - low[0])
-    config = MergeConfig(best[1], method=method, stages=stages)
+    config = replace(base, keep_rate=best[1])
     apply(model, config)
     return config
 
@@ -78,7 +78,6 @@ def vit_macs(
     depth: int,
     schedule: Mapping[int, float] | None = None,
     num_prefix_tokens: int = 1,
-    num_class_tokens: int = 1,
     mlp_ratio: float = 4.0,
     patch_dim: int = 3 * 16 * 16,
     num_classes: int = 1000,
@@ -86,9 +85,8 @@ def vit_macs(
     """Return the multiply-adds per image of a plain ViT, patched with the default options, in closed form.
 
     With T tokens of C channels, prefix tokens included, a block costs T (4 C^2 + 2 r C^2) for its matrices and
-    2 T^2 C for its attention. A stage compares N image tokens with each other (N^2 C), computes a row of attention for
-    each class token and for the mean query (T C each; N C for the mean, once tokens differ in size), and merges M of
-    them into K (K M C).
+    2 T^2 C for its attention. A stage compares N image tokens with each other (N^2 C), computes some rows of attention
+    (T C each), and merges M of the tokens into K (K M C).
 
     Args:
         num_patches: image tokens at the input.
@@ -96,7 +94,6 @@ def vit_macs(
         depth: number of blocks.
         schedule: {block index: keep rate}, as `MergeConfig.schedule` returns it; none for the unpatched model.
         num_prefix_tokens: tokens that are never merged.
-        num_class_tokens: of these, class and distillation tokens that the output is read from.
         mlp_ratio: r, hidden channels of the MLP to C.
         patch_dim: numbers in a patch: channels times patch height times patch width.
         num_classes: outputs of the head, which reads one token.
@@ -109,8 +106,7 @@ def vit_macs(
         macs += 4 * tokens * embed_dim**2 + 2 * tokens**2 * embed_dim
         keep = tokens_kept(patches, schedule.get(block, 1.0))
         if keep < patches:
-            macs += patches**2 * embed_dim + keep * (patches - keep) * embed_dim
-            macs += (num_class_tokens + 1) * tokens * embed_dim + (patches * embed_dim if patches < num_patches else 0)
+            macs += (patches**2 + keep * (patches - keep) + SAMPLED_QUERIES * tokens) * embed_dim
             patches = keep
         macs += round(2 * mlp_ratio * (num_prefix_tokens + patches) * embed_dim**2)
     return macs

@@ -1,7 +1,6 @@
 """Importance of image tokens: pure tensor functions.
 
-None of them builds the full attention matrix: all need one query row (a few, with several class tokens), so the
-attention itself can stay fused.
+None of them builds the full attention matrix: all need a few query rows, so the attention itself can stay fused.
 """
 
 import torch
@@ -42,16 +41,19 @@ def query_row_attention(
     return attention.mean(dim=(1, 2)).abs()
 
 
-def mean_query(query: Tensor, size: Tensor | None) -> Tensor:
-    """Return the mean of the image tokens' queries, as one query: [B, H, T, D] -> [B, H, 1, D].
-
-    Where the output is a mean over image tokens, their mean query stands in for the class token's.
+def evenly_spaced(tokens: int, count: int, real: Tensor | None, device: torch.device) -> Tensor:
+    """Return positions of `count` tokens, evenly spaced: [1 or B, count]; some several times where tokens are few.
 
     Args:
-        query: [B, H, T, D], image tokens only.
-        size: [B, T]; each token counts as often as the patches it stands for. None for 1.
+        tokens: T.
+        count: how many.
+        real: [B, T], false for padding, which is passed over: positions are then spaced over an image's own tokens, so
+            that they do not depend on how much padding there is. None where all tokens are real.
+        device: of the result.
     """
-    if size is None:
-        return query.mean(dim=2, keepdim=True)
-    weight = (size / size.sum(dim=1, keepdim=True)).to(query.dtype)
-    return weight[:, None, None, :] @ query
+    middle = 2 * torch.arange(count, device=device)[None] + 1
+    if real is None:
+        return middle * tokens // (2 * count)
+    nth = middle * real.sum(dim=1, keepdim=True) // (2 * count)  # [B, count], among the real tokens
+    before = real.cumsum(dim=1)[:, None, :] <= nth[:, :, None]  # [B, count, T]
+    return before.sum(dim=2).clamp(max=tokens - 1)

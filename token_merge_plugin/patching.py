@@ -252,7 +252,7 @@ def _changes(model: Any, adapter: Adapter, config: MergeConfig, learned: list[Mu
     if config.importance == "class_attention" and not class_tokens:
         raise ConfigError(
             f"importance='class_attention' needs a class token, and this {type(model).__name__} has none. "
-            "Leave importance at 'auto', or choose 'mean_query' or 'uniform'."
+            "Leave importance at 'auto', or choose 'uniform'."
         )
     if config.method in ("evit", "prune") and not class_tokens:
         raise ConfigError(
@@ -267,7 +267,6 @@ def _changes(model: Any, adapter: Adapter, config: MergeConfig, learned: list[Mu
         sections=tuple(sections),
         num_prefix_tokens=adapter.num_prefix_tokens(model),
         class_queries=adapter.class_queries(model, config),
-        mean_query=config.method == "merge" and config.importance in ("auto", "mean_query"),
         grid_size=adapter.grid_size(model),
         checkpointing=getattr(model, "grad_checkpointing", False),
     )

@@ -1,5 +1,6 @@
 """A stage: from what an attention layer saw to fewer tokens. Joins the state of a pass to the pure tensor functions."""
 
+from collections.abc import Callable
 from typing import NamedTuple, TypeAlias
 
 import torch
@@ -7,7 +8,7 @@ from torch import Tensor
 
 from token_merge_plugin.config import Amount, tokens_kept
 from token_merge_plugin.errors import ConfigError
-from token_merge_plugin.importance import mean_query, query_row_attention
+from token_merge_plugin.importance import evenly_spaced, query_row_attention
 from token_merge_plugin.merging import (
     Assignment,
     assign,
@@ -30,6 +31,8 @@ from token_merge_plugin.state import Evidence, Merged, Pass, Plan, record
 
 # Masks hide by -inf or by a large negative number, such as the smallest of their dtype: -65504 in float16.
 HIDDEN = -1e4
+# So many image tokens are asked what they attend to. More of them are no better (examples/ablation.py).
+SAMPLED_QUERIES = 16
 
 # Tokens [B, K, C], their sizes [B, K], and where they came from.
 Reduced: TypeAlias = tuple[Tensor, Tensor, Assignment]
@@ -84,7 +87,7 @@ def reduce_tokens(plan: Plan, state: Pass, x: Tensor, block: int) -> Tensor:
     with torch.no_grad():
         before = state.merged or _unmerged(state, image_tokens, evidence)
     stage = Stage(plan, state, block, image_tokens, before, evidence)
-    tokens, size, assignment = _METHODS[plan.config.method](stage)
+    tokens, size, assignment = METHODS[plan.config.method](stage)
     token_map = follow(before.token_map, assignment)
     state.merged = Merged(size, token_map, before.representative.gather(1, assignment.crucial))
     record(block, state)
@@ -126,7 +129,7 @@ def _tome(stage: Stage) -> Reduced:
 def _evit(stage: Stage) -> Reduced:
     """Keep the tokens that the class token attends to, and fuse the rest into one."""
     with torch.no_grad():
-        attention = _attention_paid(stage)
+        attention = _attention_received(stage)
         assignment = keep_best(attention, stage.amount, stage.real, fuse=True)
     return *fuse_rest(stage.tokens, stage.before.size, assignment, attention), assignment
 
@@ -134,7 +137,7 @@ def _evit(stage: Stage) -> Reduced:
 def _prune(stage: Stage) -> Reduced:
     """Keep the tokens that the class token attends to, and drop the rest."""
     with torch.no_grad():
-        assignment = keep_best(_attention_paid(stage), stage.amount, stage.real)
+        assignment = keep_best(_attention_received(stage), stage.amount, stage.real)
     return *drop(stage.tokens, stage.before.size, assignment), assignment
 
 
@@ -145,7 +148,14 @@ def _random(stage: Stage) -> Reduced:
     return *drop(stage.tokens, stage.before.size, assignment), assignment
 
 
-_METHODS = {"merge": _merge, "tome": _tome, "evit": _evit, "prune": _prune, "random": _random}
+# What each method does with a stage, by its name in `MergeConfig`.
+METHODS: dict[str, Callable[[Stage], Reduced]] = {
+    "merge": _merge,
+    "tome": _tome,
+    "evit": _evit,
+    "prune": _prune,
+    "random": _random,
+}
 
 
 def merge_within(
@@ -211,32 +221,34 @@ def _unmerged(state: Pass, image_tokens: Tensor, evidence: list[Evidence]) -> Me
 
 def _importance(stage: Stage) -> Tensor:
     """Return the importance of the image tokens [B, T], in float32."""
-    if not stage.plan.class_queries and not stage.plan.mean_query:
+    if stage.plan.config.importance == "uniform":
         return torch.ones_like(stage.before.size)
-    score = _multi_scale("importance", stage, _attention_paid(stage)[:, :, None])[:, :, 0]
+    score = _multi_scale("importance", stage, _attention_received(stage)[:, :, None])[:, :, 0]
     # The root keeps the few tokens on which attention piles up from outweighing distinctiveness. The constant lets
     # distinctiveness decide where attention is zero, as a causal mask makes it.
     return (score + 1e-12).sqrt()
 
 
-def _attention_paid(stage: Stage) -> Tensor:
-    """Return the attention that the plan's queries pay to the image tokens [B, T], in float32."""
-    plan, state, before = stage.plan, stage.state, stage.before
-    prefix = state.num_prefix_tokens
+def _attention_received(stage: Stage) -> Tensor:
+    """Return the attention that the image tokens receive [B, T], in float32.
+
+    It is that of the class tokens if the plan asks for theirs, and else that of some image tokens, evenly spaced.
+    """
+    plan, state = stage.plan, stage.state
+    prefix, (batch, tokens, _) = state.num_prefix_tokens, stage.tokens.shape
+    if plan.class_queries:
+        rows = torch.arange(plan.class_queries, device=stage.tokens.device)[None]
+    else:
+        rows = prefix + evenly_spaced(tokens, SAMPLED_QUERIES, stage.real, stage.tokens.device)
+    rows = rows.expand(batch, -1)  # [B, Q]
     log_size = plan.log_size(state)
     scores = []
     for seen in stage.evidence:
-        queries, bias = seen.query[:, :, : plan.class_queries], seen.bias
+        queries, bias = take(seen.query.transpose(1, 2), rows).transpose(1, 2), seen.bias  # [B, H, Q, D]
         if bias is None and log_size is not None:
             bias = log_size[:, None, None, :]
         elif bias is not None and bias.shape[2] > 1:
-            # What no query may see, the mean query does not see either.
-            bias = torch.cat((bias[:, :, : plan.class_queries], bias.amax(dim=2, keepdim=True)), dim=2)
-            bias = bias if plan.mean_query else bias[:, :, :-1]
-        if plan.mean_query:
-            counted = state.merged is not None or seen.bias is not None
-            mean = mean_query(seen.query[:, :, prefix:], before.size if counted else None)
-            queries = torch.cat((queries, mean), dim=2)
+            bias = take(bias.expand(batch, -1, -1, -1).transpose(1, 2), rows).transpose(1, 2)
         scores.append(query_row_attention(queries, seen.key, seen.scale, bias, seen.head_weight, seen.head_mix))
     return torch.stack(scores).mean(dim=0)[:, prefix:]
 

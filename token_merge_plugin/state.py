@@ -126,8 +126,7 @@ class Plan:
         schedule: {block index: amount}, never empty.
         sections: blocks between which tokens may be fewer; behind each section the full grid is restored.
         num_prefix_tokens: tokens in front of the image tokens.
-        class_queries: of these, the first ones, whose attention says what matters.
-        mean_query: the attention of the mean of the image tokens' queries says so, too.
+        class_queries: of these, the first ones, whose attention says what matters; 0 if that of image tokens does.
         grid_size: (height, width) of the patch grid, or None where it depends on the image.
         checkpointing: recompute each block in the backward pass.
     """
@@ -137,7 +136,6 @@ class Plan:
     sections: tuple[range, ...]
     num_prefix_tokens: int
     class_queries: int
-    mean_query: bool
     grid_size: tuple[int, int] | None
     checkpointing: bool = False
     key: int = field(default_factory=lambda: next(_keys))

@@ -247,7 +247,7 @@ class _Trial:
                 for rate, config in configs.items():
                     try:
                         if method != "merge":
-                            config = equal_compute(self.model, image, method, targets[rate], start=rate)
+                            config = equal_compute(self.model, image, MergeConfig(rate, method=method), targets[rate])
                         macs = count_macs(plan(self.model, config), image)
                         contenders.append(Contender(method, rate, config, macs))
                     except ConfigError as error:

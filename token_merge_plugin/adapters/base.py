@@ -61,22 +61,20 @@ def patched_class(mixin: type[Patched], original: type[nn.Module]) -> type[nn.Mo
 def _make_class(mixin: type[Patched], original: type[nn.Module]) -> type[nn.Module]:
     body: dict[str, Any] = {"_token_merge_parts": (mixin, original), "__doc__": original.__doc__}
     body["__module__"] = mixin.__module__
-    if issubclass(mixin, PatchedModel):
-        changing = [name for name in ("reset_classifier", "set_input_size") if hasattr(original, name)]
-        body |= {name: _followed(getattr(original, name)) for name in changing}
+    if issubclass(mixin, PatchedModel) and hasattr(original, "set_input_size"):
+        body["set_input_size"] = _followed(original.set_input_size)
     return type(f"TokenMerge{original.__name__}", (mixin, original), body)
 
 
 def _followed(method: Callable) -> Callable:
-    """Make a method that changes the model's pooling or its grid do the same to the plan."""
+    """Make a method that changes the model's grid do the same to the plan."""
 
     @wraps(method)
     def change(self: Any, *args: Any, **kwargs: Any) -> Any:
         result = method(self, *args, **kwargs)
-        plan, adapter = self._token_merge.plan, find_adapter(self)
+        adapter = find_adapter(self)
         assert adapter is not None  # or it would not be patched
-        plan.class_queries = adapter.class_queries(self, plan.config)
-        plan.grid_size = adapter.grid_size(self)
+        self._token_merge.plan.grid_size = adapter.grid_size(self)
         return result
 
     return change
@@ -366,15 +364,10 @@ class Adapter:
         """Return the number of class and distillation tokens, the first of the prefix tokens."""
         return 0
 
-    def reads_class_tokens(self, model: Any) -> bool:
-        """Return whether the output is read from the class tokens, so that their attention says what matters."""
-        return False
-
     def class_queries(self, model: Any, config: MergeConfig) -> int:
         """Return the number of class tokens whose attention is to say what matters."""
         asked = config.method in ("evit", "prune") or config.importance == "class_attention"
-        read = config.method == "merge" and config.importance == "auto" and self.reads_class_tokens(model)
-        return self.num_class_tokens(model) if asked or read else 0
+        return self.num_class_tokens(model) if asked else 0
 
     def grid_size(self, model: Any) -> tuple[int, int] | None:
         """Return (height, width) of the patch grid, or None where it depends on the image."""

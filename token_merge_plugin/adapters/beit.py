@@ -38,6 +38,3 @@ class BeitAdapter(VisionTransformerAdapter):
 
     def num_class_tokens(self, model: Any) -> int:
         return 1
-
-    def reads_class_tokens(self, model: Any) -> bool:
-        return model.global_pool != "avg"

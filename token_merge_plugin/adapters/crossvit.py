@@ -57,6 +57,3 @@ class CrossVitAdapter(Adapter):
 
     def num_class_tokens(self, model: Any) -> int:
         return 1
-
-    def reads_class_tokens(self, model: Any) -> bool:
-        return model.global_pool == "token"

@@ -80,6 +80,3 @@ class EvaAdapter(VisionTransformerAdapter):
 
     def num_class_tokens(self, model: Any) -> int:
         return int(model.cls_token is not None)
-
-    def reads_class_tokens(self, model: Any) -> bool:
-        return model.cls_token is not None and model.global_pool in ("token", "")

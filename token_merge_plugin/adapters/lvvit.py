@@ -70,10 +70,6 @@ class LVViTAdapter(Adapter):
     def num_class_tokens(self, model: Any) -> int:
         return 1
 
-    def reads_class_tokens(self, model: Any) -> bool:
-        # The image tokens that are read too, by their largest logits, are those that the mean query looks for.
-        return True
-
     def grid_size(self, model: Any) -> tuple[int, int] | None:
         if hasattr(model.patch_embed, "grid_size"):
             return model.patch_embed.grid_size

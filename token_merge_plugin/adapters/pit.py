@@ -63,8 +63,5 @@ class PitAdapter(Adapter):
     def num_class_tokens(self, model: Any) -> int:
         return model.num_tokens
 
-    def reads_class_tokens(self, model: Any) -> bool:
-        return True
-
     def grid_size(self, model: Any) -> tuple[int, int] | None:
         return model.patch_embed.grid_size

@@ -35,6 +35,3 @@ class VisionTransformerRelPosAdapter(VisionTransformerAdapter):
 
     def num_class_tokens(self, model: Any) -> int:
         return model.num_prefix_tokens
-
-    def reads_class_tokens(self, model: Any) -> bool:
-        return model.num_prefix_tokens > 0 and model.global_pool != "avg"

@@ -199,10 +199,6 @@ class VisionTransformerAdapter(Adapter):
     def num_class_tokens(self, model: Any) -> int:
         return int(model.has_class_token) + int(hasattr(model, "dist_token"))
 
-    def reads_class_tokens(self, model: Any) -> bool:
-        # Without a pooling of its own, the model is a backbone, whose users read the class token or the grid.
-        return model.has_class_token and model.global_pool in ("token", "")
-
     def grid_size(self, model: Any) -> tuple[int, int] | None:
         return None if getattr(model, "dynamic_img_size", False) else tuple(model.patch_embed.grid_size)
 

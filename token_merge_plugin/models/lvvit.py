@@ -12,6 +12,7 @@ import math
 from typing import Any, TypeAlias
 
 import torch
+import torch.nn.functional as F
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import Attention, DropPath, Mlp, resample_abs_pos_embed, to_2tuple, trunc_normal_
 from timm.models import (
@@ -285,6 +286,29 @@ def swap_box(x: Tensor, box: Box) -> Tensor:
     swapped = x.clone()
     swapped[:, x1:x2, y1:y2] = x[:, x1:x2, y1:y2].flip(0)
     return swapped
+
+
+def token_labeling_loss(
+    output: tuple[Tensor, Tensor, Box], target: Tensor, token_target: Tensor | None = None, weight: float = 0.5
+) -> Tensor:
+    """Return the token labelling loss (Jiang et al. 2021, equations 3 and 4), mean over the batch.
+
+    It is the class token's cross entropy, plus `weight` times the mean of the image tokens' own. Where MixToken swapped
+    a box, the class token saw both images, and its target is that of both by their shares of the patches.
+
+    Args:
+        output: what an LV-ViT returns in training: logits [B, num_classes], dense logits [B, N, num_classes] and the
+            box that was swapped.
+        target: probabilities [B, num_classes].
+        token_target: probabilities for each patch [B, N, num_classes]; None for those of its image.
+        weight: of the image tokens' part; 0.5 in the paper.
+    """
+    logits, dense, (x1, y1, x2, y2) = output
+    swapped = (x2 - x1) * (y2 - y1) / dense.shape[1]
+    mixed = target * (1 - swapped) + target.flip(0) * swapped
+    token_target = target[:, None, :].expand_as(dense) if token_target is None else token_target
+    of_tokens = F.cross_entropy(dense.flatten(0, 1), token_target.flatten(0, 1))
+    return F.cross_entropy(logits, mixed) + weight * of_tokens
 
 
 def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: LVViT) -> dict[str, Tensor]:
