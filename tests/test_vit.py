@@ -9,7 +9,7 @@ from families import fingerprint
 from models import DEPTH, IMAGE_SIZE, KINDS, TIMM_KINDS, images, make
 from torch import nn
 
-from token_merge_plugin import apply, remove
+from token_merge_plugin import apply, reduction, remove
 from token_merge_plugin.counting import count_macs
 
 ALL = [*KINDS, *TIMM_KINDS]
@@ -257,6 +257,22 @@ def test_the_class_tokens_say_what_matters_only_where_that_is_asked_for(kind, cl
     assert queries() == 0
     assert queries(importance="class_attention") == queries(method="evit") == queries(method="prune") == class_tokens
     assert queries(importance="uniform") == queries(method="tome") == 0
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_importance_is_the_attention_that_tokens_receive_from_16_of_them(masked):
+    torch.manual_seed(0)
+    query, key = torch.randn(2, 2, 2, 41, 8)  # a class token and 40 image tokens
+    bias = torch.randn(2, 1, 41, 41) if masked else None
+    attention = (query @ key.transpose(2, 3) * 0.5 + (0 if bias is None else bias)).softmax(3)
+    rows = [1 + (2 * j + 1) * 40 // 32 for j in range(16)]
+    expected = attention[:, :, rows, 1:].mean(dim=(1, 2))
+    plan = apply(make(), 0.5)._token_merge.plan
+    identity = torch.arange(40).expand(2, -1)
+    before = reduction.Merged(torch.ones(2, 40), identity, identity)
+    evidence = [reduction.Evidence(query, key, key, 0.5, bias)]
+    stage = reduction.Stage(plan, reduction.Pass(40, 1), 2, torch.zeros(2, 40, 16), before, evidence)
+    torch.testing.assert_close(reduction._attention_received(stage), expected)
 
 
 def test_register_tokens_are_neither_scored_nor_merged():
