@@ -161,6 +161,7 @@ def main() -> None:
         optimizer.load_state_dict(saved["optimizer"])
         first = saved["step"]
 
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.bfloat16 or device.type == "cuda")
     model.train()
     progress = tqdm(range(first, steps), initial=first, total=steps, desc="training", unit="step")
     for step in progress:
@@ -174,7 +175,7 @@ def main() -> None:
         patch_drop.prob = drops[epoch]
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, steps, args.lr)
-        with torch.autocast(device.type, torch.bfloat16, enabled=args.bfloat16 or device.type == "cuda"):
+        with autocast:
             loss = loss_of(model(x), y)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -192,7 +193,9 @@ def main() -> None:
     save_file({k: v.contiguous().cpu() for k, v in weights.items()}, args.output)
     model.load_state_dict(weights)
     test_images, test_labels = (t.to(device) for t in load_images(args.data, "t10k"))
-    print(f"top-1 on {len(test_labels)} test images: {accuracy(model, test_images, test_labels):.2f} %")
+    with autocast:
+        top1 = accuracy(model, test_images, test_labels)
+    print(f"top-1 on {len(test_labels)} test images: {top1:.2f} %")
 
 
 if __name__ == "__main__":
