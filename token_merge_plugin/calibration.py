@@ -98,13 +98,13 @@ class _Calibration:
     def config(self, schedule: Mapping[int, float]) -> MergeConfig:
         return replace(self.base, keep_rate=dict(sorted(schedule.items())))
 
-    def moved(self, schedule: Mapping[int, float]) -> float:
-        """Return how far the output moves, mean over images of the root of the KL divergence to the unpatched one.
+    def moved(self, schedule: Mapping[int, float]) -> Tensor:
+        """Return how far the output of each image moves: the root of the KL divergence to the unpatched one.
 
         For a model without classes, of 1 - the cosine of the outputs.
         """
         plan(self.model, self.config(schedule))
-        total = 0.0
+        distances = []
         for batch, expected in zip(self.batches, self.expected, strict=True):
             output = self._output(batch)
             if getattr(self.model, "num_classes", None) == 0:
@@ -112,8 +112,8 @@ class _Calibration:
             else:
                 distance = F.kl_div(output, expected, log_target=True, reduction="none").sum(dim=1)
             # The root, or a few images that move far would decide for all the others.
-            total += distance.clamp(min=0).sqrt().sum().item()
-        return total / sum(map(len, self.batches))
+            distances.append(distance.clamp(min=0).sqrt())
+        return torch.cat(distances)
 
     def share(self, schedule: Mapping[int, float]) -> float:
         """Return the share of the multiply-adds that a schedule leaves."""
@@ -152,19 +152,22 @@ class _Calibration:
             found = list(candidates(share))
             if not found:
                 raise _unreachable(share)
-            measured = [self._measured(schedule, bar) for schedule in found]
-            best, schedule = min(zip(measured, found, strict=True), key=lambda pair: pair[0])
+            schedule, *others = found[1:] + found[:1]  # the default stages first: the others have to be surely better
+            best = self._measured(schedule, bar)
             draw = random.Random(seed)
-            for _ in range(moves):
-                changed = self._fitted(_moved(schedule, blocks, draw), share)
-                if changed is None:
-                    continue
-                moved = self._measured(changed, bar)
-                if moved < best:
-                    best, schedule = moved, changed
+            for number in range(len(others) + moves):
+                changed: dict[int, float] | None
+                if number < len(others):
+                    changed = others[number]
+                else:
+                    changed = self._fitted(_moved(schedule, blocks, draw), share)
+                if changed is not None:
+                    moved = self._measured(changed, bar)
+                    if _surely_less(moved, best):
+                        best, schedule = moved, changed
         return self.config(schedule)
 
-    def _measured(self, schedule: Mapping[int, float], bar: tqdm) -> float:
+    def _measured(self, schedule: Mapping[int, float], bar: tqdm) -> Tensor:
         bar.update()
         return self.moved(schedule)
 
@@ -172,7 +175,7 @@ class _Calibration:
         """Return (share of the tokens merged, how far the output moves) for a block alone, both growing."""
         price, largest = [], 1e-12
         for rate in PROBES:
-            largest = max(largest * 1.001, self._measured({block: rate}, bar))
+            largest = max(largest * 1.001, self._measured({block: rate}, bar).mean().item())
             price.append((1 - rate, largest))
         return price
 
@@ -193,6 +196,16 @@ class _Calibration:
             position = (low[1] - share) / max(1e-9, low[1] - high[1])
             power = low[0] + min(0.9, max(0.1, position)) * (high[0] - low[0])
         return _powers(schedule, best[1])
+
+
+def _surely_less(mine: Tensor, other: Tensor) -> bool:
+    """Return whether numbers are less than others, image by image, by more than the standard error of the mean.
+
+    Otherwise the best of many schedules would be the one that happens to suit these images.
+    """
+    difference = mine - other
+    error = difference.std().item() / math.sqrt(len(difference)) if len(difference) > 1 else 0.0
+    return difference.mean().item() < -error
 
 
 def _unreachable(share: float) -> ConfigError:
