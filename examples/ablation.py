@@ -305,8 +305,8 @@ class Ablation:
     def outputs(self) -> Tensor:
         return torch.cat([self.model(part).float().log_softmax(1) for part in self.images.split(self.batch_size)])
 
-    def config(self, row: Row, share: float) -> MergeConfig:
-        """Return the row's config at a share of the multiply-adds.
+    def config(self, row: Row, share: float) -> tuple[MergeConfig, int]:
+        """Return the row's config at a share of the multiply-adds, and how many it leaves; the model is patched by it.
 
         Raises:
             ConfigError: the row does not fit the model, or cannot leave so little.
@@ -316,16 +316,15 @@ class Ablation:
             config = calibrate(self.model, training, share, progress=True)
         else:
             config = equal_compute(self.model, self.images[:1], row.config, round(share * self.full))
-        left = count_macs(plan(self.model, config), self.images[:1]) / self.full
-        if abs(left - share) > 0.01:
-            raise ConfigError(f"It leaves {left:.2f} of the multiply-adds, not {share}.")
-        return config
+        macs = count_macs(plan(self.model, config), self.images[:1])
+        if abs(macs / self.full - share) > 0.01:
+            raise ConfigError(f"It leaves {macs / self.full:.2f} of the multiply-adds, not {share}.")
+        return config, macs
 
     def measure(self, row: Row, share: float) -> dict[str, Any]:
         """Return what became of the outputs; `root_kl` is one number an image."""
         with in_place(row):
-            config = self.config(row, share)
-            macs = count_macs(plan(self.model, config), self.images[:1])
+            config, macs = self.config(row, share)
             outputs = self.outputs()
         right, mine = (x.argmax(1) == self.labels for x in (self.unpatched, outputs))
         kl = F.kl_div(outputs, self.unpatched, log_target=True, reduction="none").sum(dim=1).clamp(min=0)

@@ -73,7 +73,7 @@ from token_merge_plugin.config import KeepRate
 from token_merge_plugin.data import DEFAULT_WORKERS, Batch, Data, data_config, load_model, open_data
 from token_merge_plugin.errors import ConfigError, DataError, TokenMergeError
 from token_merge_plugin.measuring import keep_freed_memory
-from token_merge_plugin.models.lvvit import token_labeling_loss
+from token_merge_plugin.models.lvvit import mix_by_box, token_labeling_loss
 from token_merge_plugin.trial import paired_interval
 
 # At 1.0 a stage would not exist: its learned fusion would go, and a sharded model cannot be given other stages.
@@ -342,9 +342,8 @@ def distillation_loss(output: Any, teacher_logits: Tensor, temperature: float) -
     """
     teacher = (teacher_logits / temperature).softmax(1)
     if not isinstance(output, Tensor):
-        output, dense, (x1, y1, x2, y2) = output
-        swapped = (x2 - x1) * (y2 - y1) / dense.shape[1]
-        teacher = teacher * (1 - swapped) + teacher.flip(0) * swapped
+        output, dense, box = output
+        teacher = mix_by_box(teacher, box, dense.shape[1])
     student = (output.float() / temperature).log_softmax(1)
     return temperature**2 * F.kl_div(student, teacher, reduction="batchmean")
 

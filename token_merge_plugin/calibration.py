@@ -152,20 +152,23 @@ class _Calibration:
             found = list(candidates(share))
             if not found:
                 raise _unreachable(share)
-            schedule, *others = found[1:] + found[:1]  # the default stages first: the others have to be surely better
-            best = self._measured(schedule, bar)
+            first, *others = found[1:] + found[:1]  # the default stages first: the others have to be surely better
+            best = first, self._measured(first, bar)
+            for other in others:
+                best = self._better(best, other, bar)
             draw = random.Random(seed)
-            for number in range(len(others) + moves):
-                changed: dict[int, float] | None
-                if number < len(others):
-                    changed = others[number]
-                else:
-                    changed = self._fitted(_moved(schedule, blocks, draw), share)
+            for _ in range(moves):
+                changed = self._fitted(_moved(best[0], blocks, draw), share)
                 if changed is not None:
-                    moved = self._measured(changed, bar)
-                    if _surely_less(moved, best):
-                        best, schedule = moved, changed
-        return self.config(schedule)
+                    best = self._better(best, changed, bar)
+        return self.config(best[0])
+
+    def _better(
+        self, best: tuple[dict[int, float], Tensor], other: dict[int, float], bar: tqdm
+    ) -> tuple[dict[int, float], Tensor]:
+        """Return another schedule, with how far it moves the outputs, if that is surely less; the best one if not."""
+        moved = self._measured(other, bar)
+        return (other, moved) if _surely_less(moved, best[1]) else best
 
     def _measured(self, schedule: Mapping[int, float], bar: tqdm) -> Tensor:
         bar.update()

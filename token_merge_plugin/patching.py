@@ -276,9 +276,9 @@ def _changes(model: Any, adapter: Adapter, config: MergeConfig, learned: list[Mu
     for index, of_block in enumerate(mixins):
         if adapter.model_mixin is not None or index in schedule:
             fusion = _fusion(model, of_block[0][0], learned) if index == fused else None
-            of_block = [*of_block[1:], of_block[0]]
-            changes += [Change(part, patched_class(mixin, type(part)), Place(plan, index)) for part, mixin in of_block]
-            changes[-1] = changes[-1]._replace(fusion=fusion)
+            (outer, outer_mixin), *layers = of_block
+            changes += [Change(layer, patched_class(mixin, type(layer)), Place(plan, index)) for layer, mixin in layers]
+            changes.append(Change(outer, patched_class(outer_mixin, type(outer)), Place(plan, index), fusion))
     return changes
 
 

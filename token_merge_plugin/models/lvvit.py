@@ -288,6 +288,13 @@ def swap_box(x: Tensor, box: Box) -> Tensor:
     return swapped
 
 
+def mix_by_box(target: Tensor, box: Box, num_patches: int) -> Tensor:
+    """Mix what belongs to each image [B, D] with its mirror's, by the shares of the patches that a swapped box left."""
+    x1, y1, x2, y2 = box
+    swapped = (x2 - x1) * (y2 - y1) / num_patches
+    return target * (1 - swapped) + target.flip(0) * swapped
+
+
 def token_labeling_loss(
     output: tuple[Tensor, Tensor, Box], target: Tensor, token_target: Tensor | None = None, weight: float = 0.5
 ) -> Tensor:
@@ -303,9 +310,8 @@ def token_labeling_loss(
         token_target: probabilities for each patch [B, N, num_classes]; None for those of its image.
         weight: of the image tokens' part; 0.5 in the paper.
     """
-    logits, dense, (x1, y1, x2, y2) = output
-    swapped = (x2 - x1) * (y2 - y1) / dense.shape[1]
-    mixed = target * (1 - swapped) + target.flip(0) * swapped
+    logits, dense, box = output
+    mixed = mix_by_box(target, box, dense.shape[1])
     token_target = target[:, None, :].expand_as(dense) if token_target is None else token_target
     of_tokens = F.cross_entropy(dense.flatten(0, 1), token_target.flatten(0, 1))
     return F.cross_entropy(logits, mixed) + weight * of_tokens
