@@ -64,7 +64,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 from tqdm import tqdm
-from train_reference import MODELS, create_model
+from train_reference import MODELS, create_model, label_loss, soft_labels
 
 from token_merge_plugin import MergeConfig, apply
 from token_merge_plugin.adapters import find_adapter
@@ -73,7 +73,7 @@ from token_merge_plugin.config import KeepRate
 from token_merge_plugin.data import DEFAULT_WORKERS, Batch, Data, data_config, load_model, open_data
 from token_merge_plugin.errors import ConfigError, DataError, TokenMergeError
 from token_merge_plugin.measuring import keep_freed_memory
-from token_merge_plugin.models.lvvit import mix_by_box, token_labeling_loss
+from token_merge_plugin.models.lvvit import mix_by_box
 from token_merge_plugin.trial import paired_interval
 
 # At 1.0 a stage would not exist: its learned fusion would go, and a sharded model cannot be given other stages.
@@ -320,18 +320,6 @@ class Teacher(nn.Module):
             return self.model(x).float(), None
         tokens = self.model.forward_features(x)
         return self.model.head(tokens[:, 0]).float(), self.model.aux_head(tokens[:, 1:]).float().softmax(2)
-
-
-def soft_labels(labels: Tensor, num_classes: int, smoothing: float) -> Tensor:
-    """Return probabilities [B, num_classes] for class indices [B]."""
-    return F.one_hot(labels, num_classes) * (1 - smoothing) + smoothing / num_classes
-
-
-def label_loss(output: Any, target: Tensor, token_target: Tensor | None = None) -> Tensor:
-    """Return the cross entropy with probabilities [B, num_classes]; of an LV-ViT, the token labelling loss."""
-    if isinstance(output, Tensor):
-        return F.cross_entropy(output.float(), target)
-    return token_labeling_loss((output[0].float(), output[1].float(), output[2]), target, token_target)
 
 
 def distillation_loss(output: Any, teacher_logits: Tensor, temperature: float) -> Tensor:

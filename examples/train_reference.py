@@ -104,12 +104,16 @@ def learning_rate(step: int, steps: int, peak: float) -> float:
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
-def loss_of(output: Any, labels: Tensor, smoothing: float = 0.1) -> Tensor:
-    """Return the loss of what the model returns in training; the patches of an LV-ViT have the label of their image."""
+def soft_labels(labels: Tensor, num_classes: int, smoothing: float) -> Tensor:
+    """Return probabilities [B, num_classes] for class indices [B]."""
+    return F.one_hot(labels, num_classes) * (1 - smoothing) + smoothing / num_classes
+
+
+def label_loss(output: Any, target: Tensor, token_target: Tensor | None = None) -> Tensor:
+    """Return the cross entropy with probabilities [B, num_classes]; of an LV-ViT, the token labelling loss."""
     if isinstance(output, Tensor):
-        return F.cross_entropy(output, labels, label_smoothing=smoothing)
-    target = F.one_hot(labels, output[0].shape[1]) * (1 - smoothing) + smoothing / output[0].shape[1]
-    return token_labeling_loss(output, target)
+        return F.cross_entropy(output.float(), target)
+    return token_labeling_loss((output[0].float(), output[1].float(), output[2]), target, token_target)
 
 
 @torch.inference_mode()
@@ -176,7 +180,7 @@ def main() -> None:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, steps, args.lr)
         with autocast:
-            loss = loss_of(model(x), y)
+            loss = label_loss(model(x), soft_labels(y, model.num_classes, smoothing=0.1))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
