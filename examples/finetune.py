@@ -44,7 +44,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image
 from timm.data import Mixup, create_dataset, create_transform
 from timm.models import load_checkpoint
 from timm.optim import create_optimizer_v2, list_optimizers, param_groups_layer_decay, param_groups_weight_decay
@@ -68,9 +67,17 @@ from train_reference import MODELS, create_model, label_loss, soft_labels
 
 from token_merge_plugin import MergeConfig, apply
 from token_merge_plugin.adapters import find_adapter
-from token_merge_plugin.builtin import load_pixels
 from token_merge_plugin.config import KeepRate
-from token_merge_plugin.data import DEFAULT_WORKERS, Batch, Data, data_config, load_model, open_data
+from token_merge_plugin.data import (
+    DEFAULT_WORKERS,
+    Batch,
+    Data,
+    FashionMnist,
+    data_config,
+    has_idx_files,
+    load_model,
+    open_data,
+)
 from token_merge_plugin.errors import ConfigError, DataError, TokenMergeError
 from token_merge_plugin.measuring import keep_freed_memory
 from token_merge_plugin.models.lvvit import mix_by_box
@@ -127,20 +134,6 @@ def warmup_progress(epochs: float, warmup_epochs: float) -> float:
 def seed_of(*numbers: int) -> int:
     """Mix numbers, such as those of an epoch and an image, into one seed."""
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
-
-
-class FashionMnist(Dataset):
-    """The first images in a folder of IDX files."""
-
-    def __init__(self, folder: Path):
-        images, labels = load_pixels(folder, "train")
-        self.images, self.labels = images.numpy(), labels.tolist()
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        return Image.fromarray(self.images[index]), self.labels[index]
 
 
 class Augmented(Dataset):
@@ -200,16 +193,12 @@ class GlobalBatches(Sampler[list[tuple[int, int]]]):
             yield [(self.epoch, index) for index in mine]
 
 
-def has_idx_files(folder: Path) -> bool:
-    return any(folder.glob("*-images-idx3-ubyte*"))
-
-
 def training_images(args: argparse.Namespace, config: dict[str, Any], num_classes: int) -> Augmented:
     """Return the images to train on, augmented: those of IDX files are flipped at random and nothing else."""
     mode = "L" if config["input_size"][0] == 1 else "RGB"
     images: Any
     if not args.dataset and has_idx_files(args.data):
-        images = FashionMnist(args.data)
+        images = FashionMnist(args.data, "train")
         crop_scale, ratio, color_jitter = args.crop_scale or 1.0, (1.0, 1.0), args.color_jitter or None
     else:
         options = {"class_map": str(args.class_map)} if args.class_map else {}

@@ -478,7 +478,12 @@ class _OneFile:
         return self.path.name
 
 
-class _FashionMnist:
+def has_idx_files(folder: Path) -> bool:
+    """Return whether a folder holds Fashion-MNIST's IDX files."""
+    return any(folder.glob("*-images-idx3-ubyte*"))
+
+
+class FashionMnist:
     """Reader of a folder of Fashion-MNIST's IDX files."""
 
     def __init__(self, folder: Path, split: str):
@@ -587,8 +592,8 @@ def _open_path(path: Path, split: str, mode: str, unlabelled: bool, keys: dict[s
         if tarfile.is_tarfile(path):
             raise DataError(f'{path} is an archive. Unpack it, or read WebDataset shards by their folder and "wds/".')
         return _Images(_OneFile(path), mode, labelled=False), None
-    if any(path.glob("*-images-idx3-ubyte*")):
-        return _Images(_FashionMnist(path, split), mode, not unlabelled), len(CLASSES)
+    if has_idx_files(path):
+        return _Images(FashionMnist(path, split), mode, not unlabelled), len(CLASSES)
     reader = _create("", path, split, mode, keys).reader
     flat = set(reader.class_to_idx) == {""}
     return _Images(reader, mode, not (unlabelled or flat)), max(reader.class_to_idx.values()) + 1
