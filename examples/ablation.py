@@ -276,6 +276,8 @@ def stage_rows(model: nn.Module) -> list[tuple[str, tuple[int, ...]]]:
         ("one block later", tuple(sorted({min(every[-1], block + 1) for block in default}))),
         ("every block", every),
         ("every block but the first two", every[2:]),
+        ("every other block", every[::2]),
+        ("every third block", every[::3]),
         ("three in the first half", every[1 : 1 + 2 * quarter : max(1, quarter // 2)][:3]),
         ("three in the second half", every[-2 * quarter :: max(1, quarter // 2)][:3]),
     ]

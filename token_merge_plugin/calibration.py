@@ -3,14 +3,16 @@
 Each block is tried alone at several keep rates: how far does the output move, and how much work is saved? A schedule
 is then a path: the share of the tokens that is left falls from block to block, and what it costs is taken to be the
 sum of its falls, each at the price of its block. The path of least cost within the budget follows exactly, by dynamic
-programming. Steps are then moved between blocks as long as that brings the output closer, by measurement.
+programming. It and schedules of equal rates are measured, and steps of the best one are moved between blocks as long as
+that brings the output closer.
 """
 
 import math
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
+from statistics import median
 from typing import Any
 
 import torch
@@ -29,6 +31,8 @@ PROBES = (0.8, 0.6, 0.4)
 LEVELS = tuple(level / 40 for level in range(40, 7, -1))  # 1 down to 0.2
 STEP = 0.15  # of the logarithm of a keep rate, by which a move changes it
 BUDGETS = ("compute", "latency")
+
+Measured = tuple[dict[int, float], Tensor]  # a schedule, and how far it moves the output of each image
 
 
 def calibrate(
@@ -119,56 +123,53 @@ class _Calibration:
         """Return the share of the multiply-adds that a schedule leaves."""
         return count_macs(apply(self.model, self.config(schedule)), self.batches[0][:1]) / self.full
 
-    def time_share(self, schedule: Mapping[int, float]) -> float:
-        """Return the share of the time that a schedule leaves."""
-        unpatched, mine = time_in_turns(self.model, [None, self.config(schedule)], self.batches[0])
-        ratios = sorted(b / a for a, b in zip(unpatched, mine, strict=True))
-        return ratios[len(ratios) // 2]
+    def time_shares(self, schedules: Sequence[Mapping[int, float]]) -> list[float]:
+        """Return the share of the time that each schedule leaves."""
+        configs = [self.config(schedule) for schedule in schedules]
+        unpatched, *mine = time_in_turns(self.model, [None, *configs], self.batches[0])
+        return [median(b / a for a, b in zip(unpatched, times, strict=True)) for times in mine]
 
     def run(
         self, sections: Sequence[range], default: Sequence[int], target: float, budget: str, moves: int, seed: int
     ) -> MergeConfig:
         blocks = [block for section in sections for block in section]
-        total = len(blocks) * len(PROBES) + 4 + moves
+        patterns = _patterns(blocks, default)
+        total = len(blocks) * len(PROBES) + len(patterns) + 1 + moves
         with tqdm(total=total, desc="calibration", unit="schedule", leave=False, disable=not self.progress) as bar:
             prices = {block: self._price(block, bar) for block in blocks}
             savings = {block: (1 - self.share({block: PROBES[1]})) / (1 - PROBES[1]) for block in blocks}
 
-            fixed = _fixed(sections, default)
-
-            def candidates(share: float) -> Iterator[dict[int, float]]:
-                for schedule in (_cheapest(sections, prices, savings, 1 - share), *fixed):
-                    fitted = self._fitted(schedule, share)
-                    if fitted is not None:
-                        yield fitted
-
-            share = target
-            if budget == "latency":
-                for _ in range(3):
-                    first = next(candidates(share), None)
-                    if first is None:
-                        raise _unreachable(share)
-                    share = min(0.99, max(0.05, share + target - self.time_share(first)))
-            found = list(candidates(share))
+            schedules = [*patterns, _cheapest(sections, prices, savings, 1 - target)]
+            found = self._all_fitted(schedules, target, budget)
             if not found:
-                raise _unreachable(share)
-            first, *others = found[1:] + found[:1]  # the default stages first: the others have to be surely better
-            best = first, self._measured(first, bar)
-            for other in others:
-                best = self._better(best, other, bar)
+                raise ConfigError(f"No schedule leaves {target:.2f} of this model's work. Choose a larger target.")
+            measured = [(schedule, self._measured(schedule, bar)) for schedule in found]
+            best = _better(measured[0], min(measured, key=lambda pair: pair[1].mean().item()))
+            share = self.share(best[0])
             draw = random.Random(seed)
             for _ in range(moves):
                 changed = self._fitted(_moved(best[0], blocks, draw), share)
                 if changed is not None:
-                    best = self._better(best, changed, bar)
-        return self.config(best[0])
+                    best = _better(best, (changed, self._measured(changed, bar)))
+            schedule = best[0]
+            if budget == "latency":  # moves were fitted by multiply-adds
+                schedule = next(iter(self._all_fitted([schedule], target, budget)), schedule)
+        return self.config(schedule)
 
-    def _better(
-        self, best: tuple[dict[int, float], Tensor], other: dict[int, float], bar: tqdm
-    ) -> tuple[dict[int, float], Tensor]:
-        """Return another schedule, with how far it moves the outputs, if that is surely less; the best one if not."""
-        moved = self._measured(other, bar)
-        return (other, moved) if _surely_less(moved, best[1]) else best
+    def _all_fitted(
+        self, schedules: Sequence[Mapping[int, float]], target: float, budget: str
+    ) -> list[dict[int, float]]:
+        """Return the schedules that can leave that share of the work, changed so that they do."""
+        fits = [(target, fitted) for schedule in schedules if (fitted := self._fitted(schedule, target)) is not None]
+        for _ in range(3 if budget == "latency" else 0):
+            times = self.time_shares([schedule for _, schedule in fits])
+            shares = [min(0.99, max(0.05, share + target - time)) for (share, _), time in zip(fits, times, strict=True)]
+            fits = [
+                (share, fitted)
+                for share, (_, schedule) in zip(shares, fits, strict=True)
+                if (fitted := self._fitted(schedule, share)) is not None
+            ]
+        return [schedule for _, schedule in fits]
 
     def _measured(self, schedule: Mapping[int, float], bar: tqdm) -> Tensor:
         bar.update()
@@ -201,25 +202,25 @@ class _Calibration:
         return _powers(schedule, best[1])
 
 
-def _surely_less(mine: Tensor, other: Tensor) -> bool:
-    """Return whether numbers are less than others, image by image, by more than the standard error of the mean.
+def _better(best: Measured, other: Measured) -> Measured:
+    """Return another schedule if it moves the outputs less, by more than the standard error of the paired differences.
 
     Otherwise the best of many schedules would be the one that happens to suit these images.
     """
-    difference = mine - other
+    difference = other[1] - best[1]
     error = difference.std().item() / math.sqrt(len(difference)) if len(difference) > 1 else 0.0
-    return difference.mean().item() < -error
+    return other if difference.mean().item() < -error else best
 
 
-def _unreachable(share: float) -> ConfigError:
-    return ConfigError(f"No schedule leaves {share:.2f} of this model's work. Choose a larger target.")
+def _patterns(blocks: Sequence[int], default: Sequence[int]) -> list[dict[int, float]]:
+    """Return schedules of equal rates: the default stages, one block earlier, and every first, second, ... block.
 
-
-def _fixed(sections: Sequence[range], default: Sequence[int]) -> list[dict[int, float]]:
-    """Return schedules of equal rates to hold the path against: default stages, one block earlier, every block."""
-    every = [block for section in sections for block in section]
-    earlier = {max(section.start, block - 1) for section in sections for block in default if block in section}
-    return [dict.fromkeys(stages, 0.7) for stages in (default, sorted(earlier), every)]
+    Regular ones: what is lost is a flat function of the schedule, which they cover better than changes of one block.
+    """
+    earlier = {max(blocks[0], block - 1) for block in default}
+    regular = [blocks[start::step] for step in range(1, 5) for start in range(min(step + 1, 3))]
+    found = dict.fromkeys(tuple(sorted(stages)) for stages in (default, earlier, *regular) if stages)
+    return [dict.fromkeys(stages, 0.7) for stages in found]
 
 
 def _powers(schedule: Mapping[int, float], power: float) -> dict[int, float]:
