@@ -213,13 +213,14 @@ def _better(best: Measured, other: Measured) -> Measured:
 
 
 def _patterns(blocks: Sequence[int], default: Sequence[int]) -> list[dict[int, float]]:
-    """Return schedules of equal rates: the default stages, one block earlier, and every first, second, ... block.
+    """Return schedules of equal rates: the default stages, earlier ones, and every first, second, ... block.
 
     Regular ones: what is lost is a flat function of the schedule, which they cover better than changes of one block.
     """
     earlier = {max(blocks[0], block - 1) for block in default}
+    early = blocks[1 :: max(1, len(blocks) // 8)][:3]  # in the first half
     regular = [blocks[start::step] for step in range(1, 5) for start in range(min(step + 1, 3))]
-    found = dict.fromkeys(tuple(sorted(stages)) for stages in (default, earlier, *regular) if stages)
+    found = dict.fromkeys(tuple(sorted(stages)) for stages in (default, earlier, early, *regular) if stages)
     return [dict.fromkeys(stages, 0.7) for stages in found]
 
 
