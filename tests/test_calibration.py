@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from token_merge_plugin import ConfigError, DataError, MergeConfig, UnsupportedModelError, apply, remove
 from token_merge_plugin.builtin import create_reference_model, load_images
-from token_merge_plugin.calibration import LEVELS, _better, _cheapest, _interpolated, calibrate
+from token_merge_plugin.calibration import LEVELS, _better, _cheapest, _interpolated, _patterns, calibrate
 from token_merge_plugin.counting import count_macs, equal_compute
 
 FAST = {"moves": 3}
@@ -73,6 +73,14 @@ def test_every_kind_of_section_can_be_calibrated(kind):
     config = calibrate(model, x, 0.9, **FAST)
     share = count_macs(apply(model, config), x[:1]) / count_macs(remove(model), x[:1])
     assert share == pytest.approx(0.9, abs=0.02)
+
+
+def test_schedules_to_begin_with_are_regular_and_a_stage_stays_in_its_section():
+    found = [tuple(pattern) for pattern in _patterns([range(3), range(3, 9)], (1, 3, 6))]
+    assert found[0] == (1, 3, 6)
+    assert found[1] == (0, 3, 5)  # one block earlier, but 3 is the first behind the pooling
+    assert {tuple(range(9)), (0, 2, 4, 6, 8), (0, 3, 6), (0, 4, 8)} <= set(found)
+    assert len(set(found)) == len(found)
 
 
 def test_a_model_without_classes_is_calibrated_by_its_features():

@@ -133,14 +133,14 @@ class _Calibration:
         self, sections: Sequence[range], default: Sequence[int], target: float, budget: str, moves: int, seed: int
     ) -> MergeConfig:
         blocks = [block for section in sections for block in section]
-        patterns = _patterns(blocks, default)
+        patterns = _patterns(sections, default)
         total = len(blocks) * len(PROBES) + len(patterns) + 1 + moves
         with tqdm(total=total, desc="calibration", unit="schedule", leave=False, disable=not self.progress) as bar:
             prices = {block: self._price(block, bar) for block in blocks}
             savings = {block: (1 - self.share({block: PROBES[1]})) / (1 - PROBES[1]) for block in blocks}
 
             schedules = [*patterns, _cheapest(sections, prices, savings, 1 - target)]
-            found = self._all_fitted(schedules, target, budget)
+            found = self._all_fitted(schedules, target, budget, target)
             if not found:
                 raise ConfigError(f"No schedule leaves {target:.2f} of this model's work. Choose a larger target.")
             measured = [(schedule, self._measured(schedule, bar)) for schedule in found]
@@ -153,14 +153,17 @@ class _Calibration:
                     best = _better(best, (changed, self._measured(changed, bar)))
             schedule = best[0]
             if budget == "latency":  # moves were fitted by multiply-adds
-                schedule = next(iter(self._all_fitted([schedule], target, budget)), schedule)
+                schedule = next(iter(self._all_fitted([schedule], target, budget, share)), schedule)
         return self.config(schedule)
 
     def _all_fitted(
-        self, schedules: Sequence[Mapping[int, float]], target: float, budget: str
+        self, schedules: Sequence[Mapping[int, float]], target: float, budget: str, share: float
     ) -> list[dict[int, float]]:
-        """Return the schedules that can leave that share of the work, changed so that they do."""
-        fits = [(target, fitted) for schedule in schedules if (fitted := self._fitted(schedule, target)) is not None]
+        """Return the schedules that can leave that share of the work, changed so that they do.
+
+        For a budget of time, the search begins at a share of the multiply-adds.
+        """
+        fits = [(share, fitted) for schedule in schedules if (fitted := self._fitted(schedule, share)) is not None]
         for _ in range(3 if budget == "latency" else 0):
             times = self.time_shares([schedule for _, schedule in fits])
             shares = [min(0.99, max(0.05, share + target - time)) for (share, _), time in zip(fits, times, strict=True)]
@@ -212,12 +215,13 @@ def _better(best: Measured, other: Measured) -> Measured:
     return other if difference.mean().item() < -error else best
 
 
-def _patterns(blocks: Sequence[int], default: Sequence[int]) -> list[dict[int, float]]:
+def _patterns(sections: Sequence[range], default: Sequence[int]) -> list[dict[int, float]]:
     """Return schedules of equal rates: the default stages, earlier ones, and every first, second, ... block.
 
     Regular ones: what is lost is a flat function of the schedule, which they cover better than changes of one block.
     """
-    earlier = {max(blocks[0], block - 1) for block in default}
+    blocks = [block for section in sections for block in section]
+    earlier = {max(section.start, block - 1) for section in sections for block in section if block in default}
     early = blocks[1 :: max(1, len(blocks) // 8)][:3]  # in the first half
     regular = [blocks[start::step] for step in range(1, 5) for start in range(min(step + 1, 3))]
     found = dict.fromkeys(tuple(sorted(stages)) for stages in (default, earlier, early, *regular) if stages)
