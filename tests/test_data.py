@@ -110,6 +110,17 @@ def test_without_a_name_it_is_the_built_in_model():
         load_model(num_classes=3)
 
 
+def test_the_built_in_model_takes_other_weights(tmp_path):
+    torch.manual_seed(0)
+    trained = create_reference_model(pretrained=False)
+    torch.save({"state_dict": trained.state_dict()}, tmp_path / "weights.pth")
+    model = load_model(checkpoint=tmp_path / "weights.pth")
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), trained.parameters(), strict=True))
+    assert data_config(model) == data_config(load_model())
+    with pytest.raises(DataError, match="There is no checkpoint"):
+        load_model(checkpoint=tmp_path / "nothing.pth")
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [

@@ -82,26 +82,31 @@ def load_model(
         DataError: the weights cannot be had, or the checkpoint is missing, damaged or does not fit.
     """
     options: dict[str, Any] = {"num_classes": num_classes, "img_size": img_size, "in_chans": in_chans}
-    if name is None:
-        if checkpoint is not None or any(value is not None for value in options.values()):
-            raise ConfigError("The built-in model is complete as it is. Name another one with --model.")
-        return _reference_model(pretrained)
     pretrained = pretrained and checkpoint is None
     if checkpoint is not None and not Path(checkpoint).is_file():
         raise DataError(f"There is no checkpoint {checkpoint}. Give a file of weights, as timm's train.py writes it.")
-    _check_name(name, pretrained)
-    try:
-        if img_size is not None:  # only models that are built for one size take the argument
-            options["img_size"] = resolve_model_input_args(name, {"img_size": img_size}).get("img_size")
-        model = timm.create_model(name, pretrained=pretrained, **options)
-    except Exception as error:  # the network, the hub and the model's own code raise classes of every kind
-        raise _creation_error(name, pretrained, options, error) from error
+    if name is None:
+        if any(value is not None for value in options.values()):
+            raise ConfigError("The built-in model is complete as it is. Name another one with --model.")
+        model = _reference_model(pretrained)
+    else:
+        model = _timm_model(name, pretrained, options)
     if checkpoint is not None:
         try:
             load_checkpoint(model, str(checkpoint), use_ema=use_ema)
         except Exception as error:  # as many kinds as there are ways to damage a file
             raise DataError(_checkpoint_problem(model, checkpoint, use_ema, error)) from error
     return model.eval()
+
+
+def _timm_model(name: str, pretrained: bool, options: dict[str, Any]) -> nn.Module:
+    _check_name(name, pretrained)
+    try:
+        if options["img_size"] is not None:  # only models that are built for one size take the argument
+            options["img_size"] = resolve_model_input_args(name, {"img_size": options["img_size"]}).get("img_size")
+        return timm.create_model(name, pretrained=pretrained, **options)
+    except Exception as error:  # the network, the hub and the model's own code raise classes of every kind
+        raise _creation_error(name, pretrained, options, error) from error
 
 
 def _reference_model(pretrained: bool) -> nn.Module:
