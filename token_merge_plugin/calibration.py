@@ -222,7 +222,7 @@ def _patterns(sections: Sequence[range], default: Sequence[int]) -> list[dict[in
     """
     blocks = [block for section in sections for block in section]
     earlier = {max(section.start, block - 1) for section in sections for block in section if block in default}
-    early = blocks[1 :: max(1, len(blocks) // 8)][:3]  # in the first half
+    early = blocks[1 :: max(1, len(blocks) // 8)][:4]  # in the first half
     regular = [blocks[start::step] for step in range(1, 5) for start in range(min(step + 1, 3))]
     found = dict.fromkeys(tuple(sorted(stages)) for stages in (default, earlier, early, *regular) if stages)
     return [dict.fromkeys(stages, 0.7) for stages in found]
