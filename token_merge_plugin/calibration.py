@@ -9,7 +9,7 @@ that brings the output closer.
 
 import math
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from statistics import median
@@ -157,21 +157,24 @@ class _Calibration:
         return self.config(schedule)
 
     def _all_fitted(
-        self, schedules: Sequence[Mapping[int, float]], target: float, budget: str, share: float
+        self, schedules: Sequence[Mapping[int, float]], target: float, budget: str, start: float
     ) -> list[dict[int, float]]:
         """Return the schedules that can leave that share of the work, changed so that they do.
 
-        For a budget of time, the search begins at a share of the multiply-adds.
+        For a budget of time, the search begins at the share `start` of the multiply-adds; else it is the target.
         """
-        fits = [(share, fitted) for schedule in schedules if (fitted := self._fitted(schedule, share)) is not None]
+
+        def fitted(wanted: Iterable[tuple[float, Mapping[int, float]]]) -> list[tuple[float, dict[int, float]]]:
+            found = ((share, self._fitted(schedule, share)) for share, schedule in wanted)
+            return [(share, schedule) for share, schedule in found if schedule is not None]
+
+        fits = fitted((start, schedule) for schedule in schedules)
         for _ in range(3 if budget == "latency" else 0):
             times = self.time_shares([schedule for _, schedule in fits])
-            shares = [min(0.99, max(0.05, share + target - time)) for (share, _), time in zip(fits, times, strict=True)]
-            fits = [
-                (share, fitted)
-                for share, (_, schedule) in zip(shares, fits, strict=True)
-                if (fitted := self._fitted(schedule, share)) is not None
-            ]
+            fits = fitted(
+                (min(0.99, max(0.05, share + target - time)), schedule)
+                for (share, schedule), time in zip(fits, times, strict=True)
+            )
         return [schedule for _, schedule in fits]
 
     def _measured(self, schedule: Mapping[int, float], bar: tqdm) -> Tensor:

@@ -90,7 +90,7 @@ def load_model(
             raise ConfigError("The built-in model is complete as it is. Name another one with --model.")
         model = _reference_model(pretrained)
     else:
-        model = _timm_model(name, pretrained, options)
+        model = _timm_model(name, pretrained, **options)
     if checkpoint is not None:
         try:
             load_checkpoint(model, str(checkpoint), use_ema=use_ema)
@@ -99,7 +99,7 @@ def load_model(
     return model.eval()
 
 
-def _timm_model(name: str, pretrained: bool, options: dict[str, Any]) -> nn.Module:
+def _timm_model(name: str, pretrained: bool, **options: Any) -> nn.Module:
     _check_name(name, pretrained)
     try:
         if options["img_size"] is not None:  # only models that are built for one size take the argument
