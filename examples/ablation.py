@@ -38,16 +38,17 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from train_reference import MODELS, create_model
 
-from token_merge_plugin import ConfigError, MergeConfig, calibrate, reduction
+from token_merge_plugin import ConfigError, MergeConfig, calibrate
 from token_merge_plugin.builtin import WEIGHTS, load_images
-from token_merge_plugin.counting import count_macs, equal_compute
-from token_merge_plugin.importance import evenly_spaced
-from token_merge_plugin.measuring import keep_freed_memory, plan
-from token_merge_plugin.merging import assign, cosine_similarity, match, merge, restore, take
-from token_merge_plugin.multiscale import fuse
+from token_merge_plugin.method import reduction
+from token_merge_plugin.method.importance import evenly_spaced
+from token_merge_plugin.method.merging import assign, cosine_similarity, match, merge, restore, take
+from token_merge_plugin.method.multiscale import fuse
+from token_merge_plugin.method.reduction import SAMPLED_QUERIES, Reduced, Stage
 from token_merge_plugin.patching import stage_choices
-from token_merge_plugin.reduction import SAMPLED_QUERIES, Reduced, Stage
-from token_merge_plugin.trial import paired_interval
+from token_merge_plugin.trial.counting import count_macs, equal_compute
+from token_merge_plugin.trial.measuring import keep_freed_memory, plan
+from token_merge_plugin.trial.run import paired_interval
 
 TensorOf = Callable[[Stage], Tensor]
 CALIBRATION_IMAGES = 300

@@ -15,8 +15,8 @@ import timm
 import torch
 
 import token_merge_plugin
-from token_merge_plugin.counting import count_macs
-from token_merge_plugin.measuring import keep_freed_memory, time_in_turns
+from token_merge_plugin.trial.counting import count_macs
+from token_merge_plugin.trial.measuring import keep_freed_memory, time_in_turns
 
 
 def main() -> None:

@@ -68,7 +68,9 @@ from train_reference import MODELS, create_model, label_loss, soft_labels
 from token_merge_plugin import MergeConfig, apply
 from token_merge_plugin.adapters import find_adapter
 from token_merge_plugin.config import KeepRate
-from token_merge_plugin.data import (
+from token_merge_plugin.errors import ConfigError, DataError, TokenMergeError
+from token_merge_plugin.models.lvvit import mix_by_box
+from token_merge_plugin.trial.data import (
     DEFAULT_WORKERS,
     Batch,
     Data,
@@ -78,10 +80,8 @@ from token_merge_plugin.data import (
     load_model,
     open_data,
 )
-from token_merge_plugin.errors import ConfigError, DataError, TokenMergeError
-from token_merge_plugin.measuring import keep_freed_memory
-from token_merge_plugin.models.lvvit import mix_by_box
-from token_merge_plugin.trial import paired_interval
+from token_merge_plugin.trial.measuring import keep_freed_memory
+from token_merge_plugin.trial.run import paired_interval
 
 # At 1.0 a stage would not exist: its learned fusion would go, and a sharded model cannot be given other stages.
 LARGEST_RATE = 0.999

@@ -42,8 +42,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from token_merge_plugin.builtin import ConvStem, create_reference_model, load_images
-from token_merge_plugin.measuring import keep_freed_memory
 from token_merge_plugin.models.lvvit import LVViT, token_labeling_loss
+from token_merge_plugin.trial.measuring import keep_freed_memory
 
 SCHEDULE = "6x0.75 1x0.5 1x0"
 MODELS = ("vit", "vit_avg", "vit_rope", "deit_small", "lvvit", "swin")

@@ -9,8 +9,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from token_merge_plugin import MergeConfig, apply, reduction
+from token_merge_plugin import MergeConfig, apply
 from token_merge_plugin.builtin import FOLDER, create_reference_model, load_images
+from token_merge_plugin.method import reduction
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 sys.path.insert(0, str(EXAMPLES))  # examples import each other by name

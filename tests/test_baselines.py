@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from token_merge_plugin import ConfigError, MergeConfig, apply, remove
 from token_merge_plugin.builtin import create_reference_model, load_images
 from token_merge_plugin.config import spread
-from token_merge_plugin.counting import count_macs
-from token_merge_plugin.merging import bipartite, pseudo_random
+from token_merge_plugin.method.merging import bipartite, pseudo_random
+from token_merge_plugin.trial.counting import count_macs
 
 BASELINES = ("tome", "evit", "prune", "random")
 

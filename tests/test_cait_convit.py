@@ -5,7 +5,7 @@ import torch
 from families import images, make
 
 from token_merge_plugin import ConfigError, apply, remove
-from token_merge_plugin.merging import restore, take
+from token_merge_plugin.method.merging import restore, take
 
 both = pytest.mark.parametrize("kind", ["CaiT", "ConViT"])
 

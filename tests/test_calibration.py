@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from token_merge_plugin import ConfigError, DataError, MergeConfig, UnsupportedModelError, apply, remove
 from token_merge_plugin.builtin import create_reference_model, load_images
-from token_merge_plugin.calibration import LEVELS, _better, _cheapest, _interpolated, _patterns, calibrate
-from token_merge_plugin.counting import count_macs, equal_compute
+from token_merge_plugin.trial.calibration import LEVELS, _better, _cheapest, _interpolated, _patterns, calibrate
+from token_merge_plugin.trial.counting import count_macs, equal_compute
 
 FAST = {"moves": 3}
 
@@ -91,7 +91,7 @@ def test_a_model_without_classes_is_calibrated_by_its_features():
 
 def test_a_budget_of_time_is_met_as_it_is_measured(monkeypatch):
     # Time of which half does not follow the multiply-adds: 0.85 of the time are 0.7 of the multiply-adds.
-    from token_merge_plugin.calibration import _Calibration
+    from token_merge_plugin.trial.calibration import _Calibration
 
     def times(self, schedules):
         return [0.5 + self.share(schedule) / 2 for schedule in schedules]

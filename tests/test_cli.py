@@ -11,10 +11,10 @@ from PIL import Image
 
 import token_merge_plugin
 from token_merge_plugin.cli import main
-from token_merge_plugin.data import data_config, load_model, open_data
-from token_merge_plugin.results import from_json
+from token_merge_plugin.trial.data import data_config, load_model, open_data
+from token_merge_plugin.trial.results import from_json
 
-COMMAND = [sys.executable, "-m", "token_merge_plugin.cli"]
+COMMAND = [sys.executable, "-m", "token_merge_plugin"]
 
 
 @pytest.fixture
@@ -44,9 +44,9 @@ def photos(tmp_path):
 
 def fast(monkeypatch):
     """Time a single round of three passes."""
-    timed = token_merge_plugin.trial.time_in_turns
+    timed = token_merge_plugin.trial.run.time_in_turns
     monkeypatch.setattr(
-        "token_merge_plugin.trial.time_in_turns",
+        "token_merge_plugin.trial.run.time_in_turns",
         lambda model, configs, images, **_: timed(model, configs, images, rounds=1, seconds=0),
     )
 
@@ -110,7 +110,7 @@ def test_a_trial_without_labels_goes_by_agreement(photos, tmp_path, monkeypatch,
 def test_ctrl_c_ends_a_trial_with_130_and_the_same_command_goes_on(tmp_path, monkeypatch, capsys):
     fast(monkeypatch)
     monkeypatch.chdir(tmp_path)
-    compare, calls = token_merge_plugin.trial.compare, []
+    compare, calls = token_merge_plugin.trial.run.compare, []
 
     def interrupted(*args, **kwargs):
         calls.append(1)
@@ -118,7 +118,7 @@ def test_ctrl_c_ends_a_trial_with_130_and_the_same_command_goes_on(tmp_path, mon
             raise KeyboardInterrupt
         return compare(*args, **kwargs)
 
-    monkeypatch.setattr("token_merge_plugin.trial.compare", interrupted)
+    monkeypatch.setattr("token_merge_plugin.trial.run.compare", interrupted)
     arguments = ["trial", "-q", "--keep-rates", "0.7", "--num-images", "100", "--batch-size", "20", "--json", "r.json"]
     assert main([*arguments, "--workers", "0"]) == 130
     output, errors = capsys.readouterr()
@@ -137,7 +137,7 @@ def test_evaluate_under_torchrun_gives_what_one_process_gives(tmp_path):
     assert main([*arguments, str(tmp_path / "one.json")]) == 0
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     run = subprocess.run(
-        [*torchrun, "-m", "token_merge_plugin.cli", *arguments, str(tmp_path / "two.json")],
+        [*torchrun, "-m", "token_merge_plugin", *arguments, str(tmp_path / "two.json")],
         capture_output=True,
         text=True,
         check=False,
@@ -270,7 +270,7 @@ def test_ctrl_c_elsewhere_ends_the_command_with_130(monkeypatch, capsys):
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("token_merge_plugin.cli.load_model", interrupted)
+    monkeypatch.setattr("token_merge_plugin.cli.options.load_model", interrupted)
     assert main(["show", "image.png"]) == 130
     assert "interrupted" in capsys.readouterr().err
 

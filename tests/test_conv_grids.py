@@ -12,7 +12,7 @@ from token_merge_plugin.adapters.base import Place, patched_class
 from token_merge_plugin.adapters.davit import MergingChannelAttention, MergingChannelAttentionV2
 from token_merge_plugin.adapters.xcit import MergingXCA
 from token_merge_plugin.config import MergeConfig
-from token_merge_plugin.state import Merged, Pass, Plan
+from token_merge_plugin.method.state import Merged, Pass, Plan
 
 CHANNEL_ATTENTION = {
     "XCA": (lambda: XCA(24, num_heads=3), MergingXCA),

@@ -4,7 +4,7 @@ from models import images, make
 from timm.models.vision_transformer import VisionTransformer
 
 from token_merge_plugin import MergeConfig, apply
-from token_merge_plugin.counting import count_macs, vit_macs
+from token_merge_plugin.trial.counting import count_macs, vit_macs
 
 
 @pytest.mark.parametrize("keep_rate", [1.0, 0.9, 0.7, 0.5, (0.9, 0.6, 0.3), {0: 0.5, 5: 0.5}, 0.01])

@@ -7,8 +7,8 @@ from PIL import Image, ImageFont
 
 from token_merge_plugin import apply
 from token_merge_plugin.builtin import create_reference_model, load_images
-from token_merge_plugin.drawing import Picture, StagePicture, contact_sheet, draw_stage, picture_stages, scaled
-from token_merge_plugin.tracing import TracedStage, trace
+from token_merge_plugin.trial.drawing import Picture, StagePicture, contact_sheet, draw_stage, picture_stages, scaled
+from token_merge_plugin.trial.tracing import TracedStage, trace
 
 RED, BLUE, GREEN, WHITE = (200, 0, 0), (0, 0, 100), (0, 120, 0), (255, 255, 255)
 SIDE = 112  # pixels of a patch in the drawings of `quarters`

@@ -13,7 +13,7 @@ import torch
 from families import KINDS, fingerprint, images, make
 
 from token_merge_plugin import apply, remove
-from token_merge_plugin.counting import count_macs
+from token_merge_plugin.trial.counting import count_macs
 
 every_kind = pytest.mark.parametrize("kind", KINDS)
 

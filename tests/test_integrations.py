@@ -34,8 +34,8 @@ from transformers import (
 
 from token_merge_plugin import UnsupportedModelError, apply, remove
 from token_merge_plugin.adapters.base import Patched
-from token_merge_plugin.counting import count_macs
 from token_merge_plugin.pipelines import patch_timm
+from token_merge_plugin.trial.counting import count_macs
 
 EXAMPLES = sorted((Path(__file__).parents[1] / "examples" / "integrations").glob("*.py"))
 SIZE = 160  # test_vit's own: 100 image tokens

@@ -11,7 +11,7 @@ from families import make as make_kind
 from models import IMAGE_SIZE, make
 
 from token_merge_plugin import ConfigError, apply, remove
-from token_merge_plugin.multiscale import LEARNED_SCALES, MultiScaleFusion
+from token_merge_plugin.method.multiscale import LEARNED_SCALES, MultiScaleFusion
 
 OPTIONS = {"multi_scale": "learned", "keep_rate": 0.6}
 

@@ -18,7 +18,7 @@ import token_merge_plugin.models.lvvit as lvvit
 from token_merge_plugin import UnsupportedModelError, apply, remove
 from token_merge_plugin.adapters import find_adapter
 from token_merge_plugin.adapters.lvvit import register_lvvit
-from token_merge_plugin.counting import count_macs
+from token_merge_plugin.trial.counting import count_macs
 
 SMALL = {"img_size": 128, "num_classes": 5, "embed_dim": 32, "depth": 4, "num_heads": 2, "stem_chs": 8}
 GRID = (8, 8)

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch.nn.functional import cosine_similarity as torch_cosine
 
 from token_merge_plugin.config import tokens_kept
-from token_merge_plugin.merging import (
+from token_merge_plugin.method.merging import (
     Assignment,
     assign,
     cosine_similarity,

@@ -6,7 +6,7 @@ import torch
 from timm.models.naflexvit import batch_patchify, create_attention_mask
 
 from token_merge_plugin import apply, remove
-from token_merge_plugin.counting import count_macs
+from token_merge_plugin.trial.counting import count_macs
 
 SMALL = {"embed_dim": 48, "depth": 4, "num_heads": 4, "num_classes": 5}
 

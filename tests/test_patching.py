@@ -26,7 +26,7 @@ from token_merge_plugin import (
     supported_models,
 )
 from token_merge_plugin.adapters import base, vit
-from token_merge_plugin.counting import count_macs
+from token_merge_plugin.trial.counting import count_macs
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 

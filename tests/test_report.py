@@ -15,10 +15,10 @@ from PIL import Image
 
 from token_merge_plugin import DataError, TokenMergeError
 from token_merge_plugin.config import METHODS
-from token_merge_plugin.drawing import Picture, StagePicture, draw_stage
 from token_merge_plugin.errors import MissingExtraError
-from token_merge_plugin.report import SERIES, image_uri, require_charts, write_html, write_png
-from token_merge_plugin.results import (
+from token_merge_plugin.trial.drawing import Picture, StagePicture, draw_stage
+from token_merge_plugin.trial.report import SERIES, image_uri, require_charts, write_html, write_png
+from token_merge_plugin.trial.results import (
     TrialResult,
     TrialRow,
     best_row,

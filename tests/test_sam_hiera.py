@@ -7,7 +7,7 @@ import torch
 from families import images, make
 
 from token_merge_plugin import ConfigError, UnsupportedModelError, apply
-from token_merge_plugin.counting import count_macs
+from token_merge_plugin.trial.counting import count_macs
 
 
 @torch.no_grad()

@@ -9,8 +9,8 @@ from families import fingerprint
 from test_families import shapes
 
 from token_merge_plugin import UnsupportedModelError, apply, remove, supported_models
-from token_merge_plugin.counting import count_macs
-from token_merge_plugin.listing import on_meta
+from token_merge_plugin.cli.list import on_meta
+from token_merge_plugin.trial.counting import count_macs
 
 pytestmark = pytest.mark.sweep
 

@@ -7,11 +7,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from token_merge_plugin import ConfigError, apply
+from token_merge_plugin.cli.list import on_meta
 from token_merge_plugin.config import tokens_kept
-from token_merge_plugin.counting import count_macs
-from token_merge_plugin.listing import on_meta
-from token_merge_plugin.merging import cells, join_windows, windows
-from token_merge_plugin.reduction import merge_within
+from token_merge_plugin.method.merging import cells, join_windows, windows
+from token_merge_plugin.method.reduction import merge_within
+from token_merge_plugin.trial.counting import count_macs
 
 SMALL = {"embed_dim": 32, "depths": (2, 2), "num_heads": (2, 4), "num_classes": 5}
 MODELS = {

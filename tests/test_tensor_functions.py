@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from token_merge_plugin.attention import _size_as_channel, additive_mask, attention, causal_mask
-from token_merge_plugin.importance import evenly_spaced, query_row_attention
-from token_merge_plugin.multiscale import SCALES, fuse
+from token_merge_plugin.method.attention import _size_as_channel, additive_mask, attention, causal_mask
+from token_merge_plugin.method.importance import evenly_spaced, query_row_attention
+from token_merge_plugin.method.multiscale import SCALES, fuse
 
 
 def qkv(batch=2, heads=3, tokens=7, head_dim=4, seed=0):

@@ -9,8 +9,9 @@ from families import fingerprint
 from models import DEPTH, IMAGE_SIZE, KINDS, TIMM_KINDS, images, make
 from torch import nn
 
-from token_merge_plugin import apply, reduction, remove
-from token_merge_plugin.counting import count_macs
+from token_merge_plugin import apply, remove
+from token_merge_plugin.method import reduction
+from token_merge_plugin.trial.counting import count_macs
 
 ALL = [*KINDS, *TIMM_KINDS]
 every_kind = pytest.mark.parametrize("kind", ALL)

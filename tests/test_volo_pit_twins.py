@@ -6,7 +6,7 @@ import torch
 from families import KINDS, images, make
 
 from token_merge_plugin import ConfigError, UnsupportedModelError, apply, remove
-from token_merge_plugin.counting import count_macs
+from token_merge_plugin.trial.counting import count_macs
 
 ALL = ["VOLO", "PiT", "PiT, distilled", "Twins-PCPVT", "Twins-SVT"]
 

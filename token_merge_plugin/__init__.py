@@ -8,10 +8,12 @@
 After Bian et al., "Multi-Scale And Token Mergence: Make Your ViT More Efficient" (arXiv 2306.04897).
 """
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 import timm
 
 from token_merge_plugin.adapters import Adapter, register_adapter
-from token_merge_plugin.calibration import calibrate
 from token_merge_plugin.config import MergeConfig
 from token_merge_plugin.errors import (
     ConfigError,
@@ -23,6 +25,10 @@ from token_merge_plugin.errors import (
 )
 from token_merge_plugin.patching import apply, remove, supported_models
 from token_merge_plugin.pipelines import install, patch_timm, uninstall
+
+if TYPE_CHECKING:
+    from token_merge_plugin import trial
+    from token_merge_plugin.trial import calibrate
 
 # Registers LV-ViT with timm, unless another package has: its models are served as well.
 if not timm.is_model("lvvit_s"):
@@ -46,5 +52,14 @@ __all__ = [
     "register_adapter",
     "remove",
     "supported_models",
+    "trial",
     "uninstall",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Import the trial only when it is asked for: a model in production needs none of it."""
+    if name not in ("trial", "calibrate"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    trial = importlib.import_module(f"{__name__}.trial")
+    return trial if name == "trial" else trial.calibrate

@@ -18,8 +18,8 @@ from token_merge_plugin.adapters.base import Patched, Place, patched_class
 from token_merge_plugin.adapters.refused import REFUSED
 from token_merge_plugin.config import KeepRate, MergeConfig
 from token_merge_plugin.errors import ConfigError, PatchStateError, UnsupportedModelError
-from token_merge_plugin.multiscale import MultiScaleFusion
-from token_merge_plugin.state import Plan
+from token_merge_plugin.method.multiscale import MultiScaleFusion
+from token_merge_plugin.method.state import Plan
 
 Model = TypeVar("Model", bound=nn.Module)
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 import token_merge_plugin
-from token_merge_plugin.counting import count_macs
+from token_merge_plugin.trial.counting import count_macs
 
 
 class MergeTokens(lightning.Callback):

@@ -13,7 +13,7 @@ import open_clip
 import torch
 
 import token_merge_plugin
-from token_merge_plugin.counting import count_macs
+from token_merge_plugin.trial.counting import count_macs
 
 
 def main() -> None:

@@ -12,7 +12,7 @@ import segmentation_models_pytorch as smp
 import torch
 
 import token_merge_plugin
-from token_merge_plugin.counting import count_macs
+from token_merge_plugin.trial.counting import count_macs
 
 
 def main() -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 import token_merge_plugin
-from token_merge_plugin.counting import count_macs
+from token_merge_plugin.trial.counting import count_macs
 
 HUBCONF = """
 dependencies = ["timm"]

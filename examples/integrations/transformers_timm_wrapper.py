@@ -21,7 +21,7 @@ from transformers import (
 )
 
 import token_merge_plugin
-from token_merge_plugin.counting import count_macs
+from token_merge_plugin.trial.counting import count_macs
 
 
 def main() -> None:

@@ -15,13 +15,13 @@ import torch.nn.functional as F
 from timm.models import checkpoint
 from torch import Tensor, nn
 
-from token_merge_plugin.attention import attention
 from token_merge_plugin.config import MergeConfig, default_stages
 from token_merge_plugin.errors import PatchStateError, UnsupportedModelError
-from token_merge_plugin.merging import restore, take
-from token_merge_plugin.multiscale import MultiScaleFusion
-from token_merge_plugin.reduction import fuse_scales, merge_within, reduce_tokens
-from token_merge_plugin.state import Evidence, Merged, Pass, Plan
+from token_merge_plugin.method.attention import attention
+from token_merge_plugin.method.merging import restore, take
+from token_merge_plugin.method.multiscale import MultiScaleFusion
+from token_merge_plugin.method.reduction import fuse_scales, merge_within, reduce_tokens
+from token_merge_plugin.method.state import Evidence, Merged, Pass, Plan
 
 
 class Place(NamedTuple):

@@ -12,7 +12,7 @@ import timm.models.cait as cait
 from torch import Tensor
 
 from token_merge_plugin.adapters.base import Adapter, PatchedAttention, PatchedBlock, register_adapter
-from token_merge_plugin.state import Evidence
+from token_merge_plugin.method.state import Evidence
 
 
 class MergingTalkingHeadAttn(PatchedAttention):

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from token_merge_plugin.adapters.base import GridAdapter, PatchedAttention, PatchedGridBlock, attend, register_adapter
-from token_merge_plugin.merging import join_windows, windows
+from token_merge_plugin.method.merging import join_windows, windows
 
 
 class MergingDavitWindowAttention(PatchedAttention):

@@ -9,7 +9,7 @@ import timm.models.gcvit as gcvit
 from torch import Tensor, nn
 
 from token_merge_plugin.adapters.base import GridAdapter, PatchedAttention, PatchedGridBlock, attend, register_adapter
-from token_merge_plugin.merging import join_windows, take, windows
+from token_merge_plugin.method.merging import join_windows, take, windows
 
 
 class MergingGlobalAttention(PatchedAttention):

@@ -13,7 +13,7 @@ from timm.layers import apply_rot_embed_cat
 from torch import Tensor
 
 from token_merge_plugin.adapters.base import GridAdapter, PatchedAttention, PatchedGridBlock, register_adapter
-from token_merge_plugin.attention import attention
+from token_merge_plugin.method.attention import attention
 
 
 class MergingSamAttention(PatchedAttention):

@@ -20,7 +20,7 @@ from token_merge_plugin.adapters.base import (
     project_qkv,
     register_adapter,
 )
-from token_merge_plugin.merging import join_windows, windows
+from token_merge_plugin.method.merging import join_windows, windows
 
 
 class MergingWindowAttention(PatchedAttention):

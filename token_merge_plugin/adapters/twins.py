@@ -18,8 +18,8 @@ from token_merge_plugin.adapters.base import (
     known_mixin,
     register_adapter,
 )
-from token_merge_plugin.attention import attention
-from token_merge_plugin.merging import join_windows, windows
+from token_merge_plugin.method.attention import attention
+from token_merge_plugin.method.merging import join_windows, windows
 
 
 class MergingLocalAttention(PatchedAttention):

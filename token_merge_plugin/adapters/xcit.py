@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from token_merge_plugin.adapters.base import GridAdapter, PatchedAttention, PatchedGridBlock, register_adapter
-from token_merge_plugin.attention import attention
+from token_merge_plugin.method.attention import attention
 
 
 class MergingXCA(PatchedAttention):

@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from token_merge_plugin.tracing import TracedStage
+from token_merge_plugin.trial.tracing import TracedStage
 
 DROPPED = -1
 # Drawings have a longer side of 224 to 448 pixels: patches can be told apart, and a report stays small.

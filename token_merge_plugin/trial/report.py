@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING, Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image
 
-from token_merge_plugin.drawing import Picture, scaled, stage_caption
 from token_merge_plugin.errors import MissingExtraError
-from token_merge_plugin.results import (
+from token_merge_plugin.trial.drawing import Picture, scaled, stage_caption
+from token_merge_plugin.trial.results import (
     TOLERANCES,
     Column,
     TrialResult,

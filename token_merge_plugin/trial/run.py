@@ -22,13 +22,13 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from token_merge_plugin.config import METHODS, MergeConfig
-from token_merge_plugin.counting import count_macs, equal_compute
-from token_merge_plugin.data import Batch
 from token_merge_plugin.errors import ConfigError, DataError
-from token_merge_plugin.journal import Journal
-from token_merge_plugin.measuring import evaluating, peak_memory, plan, time_in_turns
 from token_merge_plugin.patching import apply, remove
-from token_merge_plugin.results import UNPATCHED, TrialResult, TrialRow
+from token_merge_plugin.trial.counting import count_macs, equal_compute
+from token_merge_plugin.trial.data import Batch
+from token_merge_plugin.trial.journal import Journal
+from token_merge_plugin.trial.measuring import evaluating, peak_memory, plan, time_in_turns
+from token_merge_plugin.trial.results import UNPATCHED, TrialResult, TrialRow
 
 
 class Images(Protocol):

@@ -14,9 +14,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from token_merge_plugin.config import MergeConfig, tokens_kept
-from token_merge_plugin.measuring import evaluating
+from token_merge_plugin.method.reduction import SAMPLED_QUERIES
 from token_merge_plugin.patching import apply
-from token_merge_plugin.reduction import SAMPLED_QUERIES
+from token_merge_plugin.trial.measuring import evaluating
 
 
 @torch.no_grad()

@@ -1,5 +1,6 @@
-"""Which families are served: what runs on fewer tokens, where the grid is restored, and what is left of the work."""
+"""`token-merge list`: the families that are served, what runs on fewer tokens, and what is left of the work."""
 
+import argparse
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -7,11 +8,44 @@ from typing import Any
 import timm
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
+from token_merge_plugin.cli.options import add_command
 from token_merge_plugin.config import METHODS
-from token_merge_plugin.counting import count_macs
 from token_merge_plugin.errors import ConfigError
 from token_merge_plugin.patching import apply, models_by_adapter
+from token_merge_plugin.trial.counting import count_macs
+
+
+def add(commands: Any) -> None:
+    parser = add_command(
+        commands,
+        "list",
+        _list,
+        "the families of models that are served",
+        "List the families of models that are served, what is reduced in each, where the grid is restored, and the\n"
+        "share of the multiply-adds that is left.",
+        "  token-merge list --keep-rate 0.5",
+    )
+    parser.add_argument("--keep-rate", type=float, default=0.7, metavar="RATE")
+    parser.add_argument("--all", action="store_true", help="count for every model, not a typical one of each (minutes)")
+    parser.add_argument("--names", action="store_true", help="print timm's names of the models, and nothing else")
+
+
+def _list(args: argparse.Namespace) -> int:
+    served = models_by_adapter()
+    if args.names:
+        print("\n".join(sorted(name for names in served.values() for name in names)))
+        return 0
+    models = sum(map(len, served.values()))
+    total = models if args.all else len(served)
+    with tqdm(total=total, desc="counting", unit="model", leave=False, disable=args.quiet) as bar:
+        rows = list_families(args.keep_rate, every_model=args.all, progress=bar.update)
+    print(format_families(rows, args.keep_rate))
+    print(
+        f"\n{models} models, timm {timm.__version__}. GMACs: of {'all' if args.all else 'a typical one'} of the models."
+    )
+    return 0
 
 
 @dataclass(frozen=True)

@@ -21,10 +21,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from token_merge_plugin.config import MergeConfig
-from token_merge_plugin.counting import count_macs
 from token_merge_plugin.errors import ConfigError, DataError
-from token_merge_plugin.measuring import evaluating, plan, time_in_turns
 from token_merge_plugin.patching import apply, remove, stage_choices
+from token_merge_plugin.trial.counting import count_macs
+from token_merge_plugin.trial.measuring import evaluating, plan, time_in_turns
 
 # Each block is tried alone at these, and a path goes through these and what lies between them.
 PROBES = (0.8, 0.6, 0.4)

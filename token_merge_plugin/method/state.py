@@ -14,9 +14,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from token_merge_plugin.attention import additive_mask, causal_mask
 from token_merge_plugin.config import Amount, MergeConfig
-from token_merge_plugin.merging import restore, take
+from token_merge_plugin.method.attention import additive_mask, causal_mask
+from token_merge_plugin.method.merging import restore, take
 
 
 class Merged(NamedTuple):

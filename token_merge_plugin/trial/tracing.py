@@ -7,8 +7,8 @@ from torch import Tensor, nn
 
 from token_merge_plugin.adapters.base import Patched, PatchedGridBlock, find_adapter
 from token_merge_plugin.errors import UnsupportedModelError
-from token_merge_plugin.measuring import evaluating
-from token_merge_plugin.state import Pass, recorded
+from token_merge_plugin.method.state import Pass, recorded
+from token_merge_plugin.trial.measuring import evaluating
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from token_merge_plugin.config import Amount, tokens_kept
 from token_merge_plugin.errors import ConfigError
-from token_merge_plugin.importance import evenly_spaced, query_row_attention
-from token_merge_plugin.merging import (
+from token_merge_plugin.method.importance import evenly_spaced, query_row_attention
+from token_merge_plugin.method.merging import (
     Assignment,
     assign,
     bipartite,
@@ -26,8 +26,8 @@ from token_merge_plugin.merging import (
     take,
     windows,
 )
-from token_merge_plugin.multiscale import MultiScaleFusion, fuse
-from token_merge_plugin.state import Evidence, Merged, Pass, Plan, record
+from token_merge_plugin.method.multiscale import MultiScaleFusion, fuse
+from token_merge_plugin.method.state import Evidence, Merged, Pass, Plan, record
 
 # Masks hide by -inf or by a large negative number, such as the smallest of their dtype: -65504 in float16.
 HIDDEN = -1e4

@@ -1,0 +1,52 @@
+"""`token-merge show`: which tokens are kept and merged, drawn over an image."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from token_merge_plugin.cli.options import (
+    add_command,
+    add_config_options,
+    add_device_options,
+    add_model_options,
+    asked_config,
+    load,
+)
+from token_merge_plugin.errors import DataError
+from token_merge_plugin.patching import apply
+from token_merge_plugin.trial.data import data_config, open_data
+from token_merge_plugin.trial.drawing import Picture, contact_sheet, picture_stages
+from token_merge_plugin.trial.tracing import trace
+
+
+def add(commands: Any) -> None:
+    parser = add_command(
+        commands,
+        "show",
+        _show,
+        "draw which tokens are kept and merged, over an image",
+        "Draw for each stage what the tokens stand for: crucial patches keep their pixels, merged ones have the mean\n"
+        "colour of their token, dropped ones are dark.",
+        "  token-merge show photo.jpg --model deit_small_patch16_224.fb_in1k --keep-rate 0.5 --output photo-tokens.png",
+    )
+    parser.add_argument("image", type=Path, metavar="IMAGE")
+    parser.add_argument("--output", type=Path, default=Path("tokens.png"), metavar="FILE", help="default: tokens.png")
+    add_config_options(parser)
+    add_model_options(parser)
+    add_device_options(parser, batch_size=False)
+
+
+def _show(args: argparse.Namespace) -> int:
+    model = load(args)
+    data = open_data(args.image, data_config(model, img_size=args.img_size), workers=0, device=args.device)
+    apply(model, asked_config(args))
+    batch, drawn = next(iter(data)), data.picture(int(data.indices[0]))
+    stages = trace(model, batch.images)
+    try:
+        contact_sheet([Picture(drawn, args.image.name, picture_stages(drawn, stages))]).save(args.output)
+    except (OSError, ValueError) as error:
+        raise DataError(f"{args.output} cannot be written: {error}.") from error
+    for stage in stages:
+        print(f"block {stage.block}: {len(stage.representative)} of {len(stage.token_map)} tokens")
+    print(f"Written: {args.output}")
+    return 0
