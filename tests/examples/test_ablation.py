@@ -13,7 +13,7 @@ from token_merge_plugin import MergeConfig, apply
 from token_merge_plugin.builtin import FOLDER, create_reference_model, load_images
 from token_merge_plugin.method import reduction
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 sys.path.insert(0, str(EXAMPLES))  # examples import each other by name
 
 import ablation  # noqa: E402

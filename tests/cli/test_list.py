@@ -6,7 +6,7 @@ from token_merge_plugin import supported_models
 from token_merge_plugin.cli import main
 from token_merge_plugin.patching import models_by_adapter
 
-README = Path(__file__).parent.parent / "README.md"
+README = Path(__file__).parents[2] / "README.md"
 
 
 def cells(line):

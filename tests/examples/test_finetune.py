@@ -20,7 +20,7 @@ from token_merge_plugin.builtin import create_reference_model, load_images, load
 from token_merge_plugin.models.lvvit import random_box, token_labeling_loss
 from token_merge_plugin.trial.data import load_model
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 sys.path.insert(0, str(EXAMPLES))
 
 import finetune  # noqa: E402
