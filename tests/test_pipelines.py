@@ -4,21 +4,19 @@ import functools
 import json
 import os
 import re
-import subprocess
 import sys
 import textwrap
 import types
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
-from pathlib import Path
 
 import pytest
 import timm
 import timm.models._factory as factory
 import torch
 import wrapt
-from PIL import Image
+from checks import REPOSITORY, draw_two_classes, run_program
 from timm import create_model as imported_before
 from timm.models._hub import save_for_hf
 
@@ -27,7 +25,6 @@ from token_merge_plugin import ConfigError, MergeConfig
 from token_merge_plugin.adapters.base import Patched
 from token_merge_plugin.pipelines import install, install_from_environment, patch_timm, run_script, uninstall
 
-REPOSITORY = Path(__file__).parents[1]
 SITE_PACKAGES = REPOSITORY / "token_merge_plugin" / "site_packages"
 ORIGINAL = factory.model_entrypoint
 
@@ -459,11 +456,7 @@ if __name__ == "__main__":
 def data(tmp_path_factory):
     """Return the arguments that the scripts share: images in folders of classes, and weights."""
     folder = tmp_path_factory.mktemp("data")
-    generator = torch.Generator().manual_seed(0)
-    for index in range(6):
-        (folder / "images" / f"class{index % 2}").mkdir(parents=True, exist_ok=True)
-        pixels = torch.randint(0, 256, (180, 200, 3), dtype=torch.uint8, generator=generator)
-        Image.fromarray(pixels.numpy()).save(folder / "images" / f"class{index % 2}" / f"{index}.png")
+    draw_two_classes(folder / "images", 6, (180, 200))
     torch.save(timm.create_model("test_vit").state_dict(), folder / "weights.pth")
     return ["--model", "test_vit", "--data-dir", str(folder / "images"), "--checkpoint", str(folder / "weights.pth")]
 
@@ -535,7 +528,7 @@ def test_the_program_sees_what_it_sees_under_python(module, tmp_path, monkeypatc
     target = "package.inner.program" if module else str(tmp_path / "link.py")
     arguments = ["--option", "two words", "-m"]
     command = [sys.executable, *(["-m"] if module else []), target, *arguments]
-    expected = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    expected = json.loads(run_program(*command).stdout)
     sys.modules.pop("neighbour", None)
     run_script(target, arguments, module=module)
     assert json.loads(capsys.readouterr().out) == expected
@@ -586,7 +579,7 @@ def test_the_exit_code_is_the_scripts(code, tmp_path):
 def test_an_error_shows_the_traceback_that_python_shows(source, tmp_path, capsys):
     script = tmp_path / "script.py"
     script.write_text(source)
-    expected = subprocess.run([sys.executable, script], capture_output=True, text=True)
+    expected = run_program(sys.executable, script)
     interrupted = "Interrupt" in source
     with pytest.raises(KeyboardInterrupt if interrupted else SystemExit) as end:
         run_script(script)
@@ -732,14 +725,8 @@ def python(tmp_path_factory):
     (folder / "sitecustomize.py").write_text(f"import site; site.addsitedir({str(SITE_PACKAGES)!r})")
 
     def run(source, site=True, **variables):
-        environment = {name: value for name, value in os.environ.items() if not name.startswith("TOKEN_MERGE")}
-        environment["PYTHONPATH"] = os.pathsep.join([str(folder)] * site + [str(REPOSITORY)])
-        return subprocess.run(
-            [sys.executable, "-c", textwrap.dedent(source)],
-            env=environment | variables,
-            capture_output=True,
-            text=True,
-        )
+        path = os.pathsep.join([str(folder)] * site + [str(REPOSITORY)])
+        return run_program(sys.executable, "-c", textwrap.dedent(source), PYTHONPATH=path, **variables)
 
     return run
 

@@ -1,12 +1,11 @@
 """The command `token-merge`, as a user runs it."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 import timm
 import torch
+from checks import TORCHRUN, draw_two_classes, run_program
 from PIL import Image
 
 import token_merge_plugin
@@ -14,18 +13,11 @@ from token_merge_plugin.cli import main
 from token_merge_plugin.trial.data import data_config, load_model, open_data
 from token_merge_plugin.trial.results import from_json
 
-COMMAND = [sys.executable, "-m", "token_merge_plugin"]
-
 
 @pytest.fixture
 def photos(tmp_path):
     """A folder of images in one folder a class, one of which is damaged, and weights for them."""
-    generator = torch.Generator().manual_seed(0)
-    for number in range(12):
-        folder = tmp_path / "photos" / f"class{number % 2}"
-        folder.mkdir(parents=True, exist_ok=True)
-        pixels = torch.randint(0, 256, (40, 50, 3), generator=generator, dtype=torch.uint8)
-        Image.fromarray(pixels.numpy()).save(folder / f"{number}.png")
+    draw_two_classes(tmp_path / "photos", 12, (40, 50))
     (tmp_path / "photos" / "class0" / "damaged.png").write_bytes(b"no image")
     torch.manual_seed(0)
     model = timm.create_model("test_vit", num_classes=2)
@@ -135,15 +127,9 @@ def test_ctrl_c_ends_a_trial_with_130_and_the_same_command_goes_on(tmp_path, mon
 def test_evaluate_under_torchrun_gives_what_one_process_gives(tmp_path):
     arguments = ["evaluate", "--keep-rate", "0.6", "--num-images", "101", "-q", "--workers", "0", "--json"]
     assert main([*arguments, str(tmp_path / "one.json")]) == 0
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    run = subprocess.run(
-        [*torchrun, "-m", "token_merge_plugin", *arguments, str(tmp_path / "two.json")],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert run.returncode == 0, run.stderr
-    assert run.stdout.count("| keep rate") == 2  # two tables, of one process alone
+    ended = run_program(*TORCHRUN, "-m", "token_merge_plugin", *arguments, tmp_path / "two.json")
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.count("| keep rate") == 2  # two tables, of one process alone
     one, two = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("one", "two"))
     assert (one["images"], two["images"]) == (101, 101)
     for row, other in zip(one["rows"], two["rows"], strict=True):

@@ -1,12 +1,10 @@
 """`token-merge list`, and the table that it wrote into the README."""
 
-from pathlib import Path
+from checks import README
 
 from token_merge_plugin import supported_models
 from token_merge_plugin.cli import main
 from token_merge_plugin.patching import models_by_adapter
-
-README = Path(__file__).parents[2] / "README.md"
 
 
 def cells(line):

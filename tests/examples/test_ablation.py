@@ -1,22 +1,17 @@
 """The ablation of examples/ablation.py: its variants against the package, and its tables."""
 
 import json
-import subprocess
 import sys
-from pathlib import Path
 
+import ablation
 import pytest
 import torch
 import torch.nn.functional as F
+from checks import EXAMPLES, run_program
 
 from token_merge_plugin import MergeConfig, apply
 from token_merge_plugin.builtin import FOLDER, create_reference_model, load_images
 from token_merge_plugin.method import reduction
-
-EXAMPLES = Path(__file__).parents[2] / "examples"
-sys.path.insert(0, str(EXAMPLES))  # examples import each other by name
-
-import ablation  # noqa: E402
 
 
 def outputs(model, variant=None):
@@ -87,11 +82,10 @@ def test_a_ratio_has_the_interval_of_the_paired_differences():
 
 
 def test_the_tables_hold_what_was_measured(tmp_path):
-    script, out = [sys.executable, str(EXAMPLES / "ablation.py")], tmp_path / "vit.json"
+    script, out = [sys.executable, EXAMPLES / "ablation.py"], tmp_path / "vit.json"
     options = ["--images", "20", "--shares", "0.6", "--groups", "keys", "three in the second half", "baselines"]
-    table = subprocess.run(
-        [*script, "--data", str(FOLDER), *options, "--json", str(out)], check=True, capture_output=True, text=True
-    ).stdout
+    ended = run_program(*script, "--data", FOLDER, *options, "--json", out)
+    assert ended.returncode == 0, ended.stderr
     record = json.loads(out.read_text())
     model, (x, labels) = create_reference_model(), (t[:20] for t in load_images())
     keys = next(row for row in record["rows"] if row["name"] == "keys")
@@ -106,8 +100,8 @@ def test_the_tables_hold_what_was_measured(tmp_path):
     assert [row["name"] for row in record["rows"]] == [
         "default", "keys", "three in the second half", "tome", "evit", "prune", "random"
     ]  # fmt: skip
-    assert all(row["name"] in table for row in record["rows"])
-    summary = subprocess.run([*script, "--summary", str(out), str(out)], check=True, capture_output=True, text=True)
+    assert all(row["name"] in ended.stdout for row in record["rows"])
+    summary = run_program(*script, "--summary", out, out)
     assert f"{keys['ratio']:.2f}" in summary.stdout
     assert f"{100 * (record['rows'][0]['gained'] - record['rows'][0]['lost']) / 20:+.2f} ± " in summary.stdout
 

@@ -2,29 +2,22 @@
 
 import json
 import math
-import os
 import random
-import subprocess
 import sys
-from pathlib import Path
 
+import finetune
 import numpy as np
 import pytest
 import timm
 import torch
-from PIL import Image
+from checks import EXAMPLES, TORCHRUN, draw_two_classes, run_program
 from timm.models import load_checkpoint
+from train_reference import create_model
 
 from token_merge_plugin import MergeConfig, apply
 from token_merge_plugin.builtin import create_reference_model, load_images, load_pixels
 from token_merge_plugin.models.lvvit import random_box, token_labeling_loss
 from token_merge_plugin.trial.data import load_model
-
-EXAMPLES = Path(__file__).parents[2] / "examples"
-sys.path.insert(0, str(EXAMPLES))
-
-import finetune  # noqa: E402
-from train_reference import create_model  # noqa: E402
 
 # Plain gradient steps where numbers of processes are compared: Adam would blow rounding up to whole steps, in weights
 # whose gradient is zero but for it.
@@ -102,15 +95,11 @@ if __name__ == "__main__":
     )
     command = [*launcher, script, "--data", data, "--output", output, "--device", "cpu", *options]
     # One thread, as in the tests' own process: sums over several have other bits.
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    ended = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False, env=env)
+    ended = run_program(*command, OMP_NUM_THREADS="1")
     assert ended.returncode != 0
     assert "SIGKILL" in ended.stderr or ended.returncode == -9, ended.stderr
     saved = torch.load(output / "last.checkpoint", weights_only=True)
     assert (saved["step"], len(saved["history"])) == (4, 2)
-
-
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
 
 @pytest.mark.parametrize(("first", "then"), [([], ["--fsdp"]), (["--fsdp"], [])], ids=["DDP, FSDP2", "FSDP2, DDP"])
@@ -119,7 +108,7 @@ def test_two_processes_killed_and_resumed_end_where_one_does(first, then, one, d
     options = [*OPTIONS, *SGD, *SAVING, "--workers", "0"]
     killed(tmp_path, TORCHRUN, data, output, *options, *first)
     command = [*TORCHRUN, EXAMPLES / "finetune.py", "--data", data, "--output", output, "--device", "cpu", *options]
-    ended = subprocess.run([*map(str, command), *then], capture_output=True, text=True, check=False)
+    ended = run_program(*command, *then)
     assert ended.returncode == 0, ended.stderr
     assert len(ended.stdout.splitlines()) == 1  # of the second epoch, by one process alone
     for line, expected in zip(log(output), log(one), strict=True):
@@ -378,12 +367,7 @@ def test_every_parameter_is_in_one_group_and_those_of_the_fusion_learn_faster(la
 
 
 def test_a_model_of_timm_on_a_folder_of_images(tmp_path):
-    generator = torch.Generator().manual_seed(0)
-    for number in range(12):
-        folder = tmp_path / "photos" / "train" / f"class{number % 2}"
-        folder.mkdir(parents=True, exist_ok=True)
-        pixels = torch.randint(0, 256, (40, 50, 3), generator=generator, dtype=torch.uint8)
-        Image.fromarray(pixels.numpy()).save(folder / f"{number}.png")
+    draw_two_classes(tmp_path / "photos" / "train", 12, (40, 50))
     torch.manual_seed(0)
     torch.save(timm.create_model("test_vit", num_classes=2).state_dict(), tmp_path / "weights.pth")
     (tmp_path / "calibrated.json").write_text(MergeConfig({1: 0.6, 3: 0.8}).to_json())

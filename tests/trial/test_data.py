@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from checks import draw
 from PIL import Image
 from timm.data import create_dataset, create_loader, resolve_data_config
 from timm.models import save_for_hf
@@ -18,10 +19,6 @@ from token_merge_plugin import ConfigError, DataError
 from token_merge_plugin.builtin import create_reference_model, load_images
 from token_merge_plugin.errors import MissingExtraError
 from token_merge_plugin.trial.data import data_config, load_model, open_data
-
-
-def draw(seed, size=(200, 180)):
-    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (*size, 3), dtype=np.uint8))
 
 
 def encoded(image, kind="PNG"):
