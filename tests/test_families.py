@@ -1,27 +1,25 @@
 """The invariants of token merging, over one model of each kind of each family; `pytest -m sweep` for all of timm."""
 
-import contextlib
 import copy
 import inspect
-import io
-import pickle
 from concurrent.futures import ThreadPoolExecutor
 
-import onnxruntime
 import pytest
 import torch
-from families import KINDS, fingerprint, images, make
+from checks import COPIES, gradients, onnx_runtime, set_fused_attention, shapes
+from families import FAMILIES, KINDS, fingerprint, images, make
+from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
-from token_merge_plugin import apply, remove
+from token_merge_plugin import adapters, apply, remove
+from token_merge_plugin.adapters import find_adapter
 from token_merge_plugin.trial.counting import count_macs
 
 every_kind = pytest.mark.parametrize("kind", KINDS)
 
 
-def shapes(output):
-    if isinstance(output, torch.Tensor):
-        return output.shape
-    return [shapes(part) for part in output]
+def test_the_table_has_models_of_every_family():
+    assert set(FAMILIES) == set(adapters.FAMILIES.values()) - {"features"}  # which are models of the other families
 
 
 @every_kind
@@ -29,23 +27,29 @@ def shapes(output):
 def test_patched_and_removed(kind):
     """Keep rate 1 is the unpatched model, 0.6 saves, keeps every shape and stays finite, `remove` is bit-exact."""
     model, x = make(kind), images(kind)
+    adapter = next(adapter for module in model.modules() if (adapter := find_adapter(module)))
+    assert kind in FAMILIES[type(adapter).__module__.rpartition(".")[2]]
+    for module in model.modules():
+        module.register_forward_hook(lambda *_: None)
     before, tensors = fingerprint(model), copy.deepcopy(model.state_dict())
     features, output, macs = model.forward_features(x), model(x), count_macs(model, x)
     assert torch.equal(apply(model, 1.0)(x), output)
     assert fingerprint(model) == before
 
-    apply(model, 0.6)
+    assert apply(model, 0.6) is model
+    assert fingerprint(model) != before
     assert list(model.state_dict()) == before["keys"]
+    model.load_state_dict(tensors, strict=True)
     merged = model.forward_features(x)
     assert shapes(merged) == shapes(features)
     assert torch.isfinite(model(x)).all()
     assert model(x).shape == output.shape
     assert not torch.equal(model(x), output)
-    if model.num_classes:  # timm's encoders of language models have no head
+    if "encoder" not in kind:  # timm's encoders of language models have no head
         assert torch.equal(model.forward_head(merged), model(x))
-    assert count_macs(model, x) <= 0.9 * macs
+    assert count_macs(model, x) < 0.9 * macs
 
-    remove(model)
+    assert remove(model) is model
     assert fingerprint(model) == before
     assert torch.equal(model(x), output)
     for name, tensor in model.state_dict().items():
@@ -102,32 +106,57 @@ def test_an_image_does_not_depend_on_the_others_of_its_batch(kind):
     model, x = apply(make(kind), 0.6), images(kind, batch=3)
     together = model(x)
     for i in range(3):
-        torch.testing.assert_close(model(x[i : i + 1]), together[i : i + 1], rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(model(x[i : i + 1]), together[i : i + 1], rtol=1e-4, atol=1e-5)
 
 
 @every_kind
 @torch.no_grad()
-def test_compiles_without_a_graph_break(kind):
+def test_compiles_without_a_graph_break_and_without_recompiling_on_equal_shapes(kind):
     torch._dynamo.reset()
-    model, x = apply(make(kind), 0.6), images(kind)
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(x), model(x), rtol=1e-3, atol=1e-4)
+    model = apply(make(kind), 0.6)
+    inputs = [images(kind, seed=seed) for seed in (1, 5, 1)]
+    expected = [model(x) for x in inputs]  # in the first pass, timm's ConViT makes itself a buffer
+    backend = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
+    torch.testing.assert_close([compiled(x) for x in inputs], expected, rtol=1e-4, atol=1e-5)
+    assert backend.frame_count == 1
 
 
 @every_kind
-def test_copies_pickles_and_checkpoints_alike(kind):
-    model, x = apply(make(kind), 0.6), images(kind)
-    outputs, gradients = [], []
-    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), model):
-        with contextlib.suppress(AssertionError):  # timm's ConViT has no checkpointing
-            other.set_grad_checkpointing(other is model and kind != "CrossViT")  # timm's cannot
-        outputs.append(other(x))
-        outputs[-1].square().sum().backward()
-        gradients.append([p.grad for p in other.parameters()])
-    for output, gradient in zip(outputs, gradients, strict=True):
-        torch.testing.assert_close(output, outputs[0])
-        for one, first in zip(gradient, gradients[0], strict=True):
-            torch.testing.assert_close(one, first)
+def test_copies_are_patched_models_of_their_own(kind):
+    model, x = make(kind), images(kind)
+    expected, unpatched = model(x), [type(module) for module in model.modules()]
+    classes = [type(module) for module in apply(model, 0.6).modules()]
+    merged, gradient = gradients(model, x)
+    for copied in COPIES.values():
+        twin = copied(model)
+        assert [type(module) for module in twin.modules()] == classes
+        output, found = gradients(twin, x)
+        torch.testing.assert_close(output, merged, rtol=0, atol=0)
+        torch.testing.assert_close(found, gradient)
+        assert torch.equal(remove(twin)(x), expected)
+        assert [type(module) for module in twin.modules()] == unpatched
+    torch.testing.assert_close(gradients(model, x)[0], merged, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [kind for kind in KINDS if not kind.startswith(("ConViT", "PiT", "CrossViT", "Twins"))],  # timm's cannot
+)
+def test_gradient_checkpointing_gives_the_same_gradients(kind):
+    model, x = make(kind).train(), images(kind)
+    for module in model.modules():
+        if isinstance(module, nn.Dropout) and not module.inplace:  # in place, timm's TNT cannot be trained
+            module.p = 0.1
+    model.set_grad_checkpointing(False)
+    apply(model, 0.6)
+    torch.manual_seed(0)
+    expected = gradients(model, x)
+    model.set_grad_checkpointing(True)
+    torch.manual_seed(0)
+    torch.testing.assert_close(gradients(model, x), expected)
+    for patched in (model, remove(model)):
+        assert any(getattr(module, "grad_checkpointing", False) for module in patched.modules())
 
 
 @every_kind
@@ -136,59 +165,94 @@ def test_attention_with_and_without_fused_kernels_agrees(kind):
     model, x = apply(make(kind), 0.6), images(kind)
     outputs = []
     for fused in (True, False):
-        for module in model.modules():
-            if hasattr(module, "fused_attn"):
-                module.fused_attn = fused
+        set_fused_attention(model, fused)
         outputs.append(model(x))
     torch.testing.assert_close(*outputs, rtol=1e-3, atol=1e-4)
 
 
 @every_kind
 @torch.no_grad()
-def test_autocast_and_double_precision(kind):
-    model, x = apply(make(kind), 0.6), images(kind)
-    expected = model(x)
-    with torch.autocast("cpu", torch.bfloat16):
-        output = model(x)
-    assert output.shape == expected.shape
-    assert torch.isfinite(output).all()
-    output = model.double()(x.double())
-    assert output.dtype == torch.double
-    assert torch.isfinite(output).all()
+def test_autocast(kind):
+    model, x = make(kind), images(kind)
+    for dtype in (torch.bfloat16, torch.half):
+        with torch.autocast("cpu", dtype):
+            expected = remove(model)(x)
+            output = apply(model, 0.6)(x)
+        assert (output.shape, output.dtype) == (expected.shape, expected.dtype)
+        assert torch.isfinite(output).all() or not torch.isfinite(expected).all()  # Swin V2 overflows unpatched, too
+
+
+@every_kind
+@torch.no_grad()
+def test_other_precisions(kind):
+    for dtype in (torch.bfloat16, torch.half, torch.double):
+        if kind == "Hiera, absolute windows" and dtype != torch.double:
+            continue  # torch cannot interpolate its positions
+        model, x = make(kind).to(dtype), images(kind).to(dtype)
+        expected = model(x)
+        output = apply(model, 0.6)(x)
+        assert (output.shape, output.dtype) == (expected.shape, dtype)
+        assert torch.isfinite(output).all() or not torch.isfinite(expected).all()  # Swin V2 overflows unpatched, too
 
 
 @every_kind
 @torch.no_grad()
 def test_exports(kind):
     model, x = apply(make(kind), 0.6), images(kind)
-    expected = model(x)
     exported = torch.export.export(model, (x,)).module()
-    torch.testing.assert_close(exported(x), expected, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(exported(x), model(x), rtol=1e-4, atol=1e-5)
 
 
 @every_kind
 def test_several_threads_in_one_model_at_once(kind):
     model = apply(make(kind), 0.6)
     inputs = [images(kind, batch=1 + i % 2, seed=i) for i in range(8)]
-
-    def work(x):
-        with torch.no_grad():
-            return model(x)
-
+    work = torch.no_grad()(model)
     expected = [work(x) for x in inputs]
     with ThreadPoolExecutor(4) as pool:
-        for output, wanted in zip(pool.map(work, inputs), expected, strict=True):
-            torch.testing.assert_close(output, wanted, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(list(pool.map(work, inputs)), expected, rtol=1e-4, atol=1e-5)
+
+
+def replica(module):
+    """What torch.nn.parallel.replicate makes of a module for one device."""
+    copied = module._replicate_for_data_parallel()
+    for name, child in module._modules.items():
+        copied._modules[name] = child if child is None else replica(child)
+    for name, parameter in module._parameters.items():
+        setattr(copied, name, parameter if parameter is None else parameter.detach().clone())
+    return copied
+
+
+@every_kind
+def test_replicas_of_data_parallel_are_patched_in_threads_of_their_own(kind):
+    model = apply(make(kind), 0.6)
+    inputs = [images(kind, seed=i) for i in range(4)]
+    work = torch.no_grad()(lambda x: replica(model)(x))
+    with torch.no_grad():
+        expected = [model(x) for x in inputs]
+    with ThreadPoolExecutor(len(inputs)) as pool:
+        torch.testing.assert_close(list(pool.map(work, inputs)), expected)
 
 
 # SAM and Hiera do not export to ONNX, unpatched or not.
-@pytest.mark.parametrize("kind", ["RoPE ViT, mixed", "BEiT", "CaiT", "Swin", "Swin V2", "VOLO", "XCiT"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "ViT",
+        "ViT, no class token, average",
+        "ViT, differential attention",
+        "RoPE ViT, mixed",
+        "BEiT",
+        "CaiT",
+        "Swin",
+        "Swin V2",
+        "VOLO",
+        "XCiT",
+    ],
+)
 def test_onnx_runtime_gives_the_same_output(kind):
     model, x = apply(make(kind), 0.6), images(kind)
-    file = io.BytesIO()
     with torch.set_grad_enabled(kind != "BEiT"):  # which exports without gradients only, unpatched, too
-        torch.onnx.export(model, (x,), dynamo=True, verbose=False).save(file)
-    session = onnxruntime.InferenceSession(file.getvalue(), providers=["CPUExecutionProvider"])
-    (output,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+        output = onnx_runtime(model, x)
     with torch.no_grad():
-        torch.testing.assert_close(torch.from_numpy(output), model(x), rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(output, model(x), rtol=1e-3, atol=1e-4)

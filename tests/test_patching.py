@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from models import DEPTH, images, make
+from checks import EXAMPLES, README
+from families import DEPTH, images, make
 from timm.layers import Attention
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import nn
@@ -27,8 +28,6 @@ from token_merge_plugin import (
 )
 from token_merge_plugin.adapters import base, vit
 from token_merge_plugin.trial.counting import count_macs
-
-EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
 def classes(model):
@@ -63,7 +62,7 @@ def test_options_that_are_not_allowed_leave_the_model_as_it_was(keep_rate, optio
 
 def test_a_refusal_leaves_a_patched_model_as_it_was_patched():
     model = apply(make(), 0.5)
-    x = images(model)
+    x = images()
     expected = model(x)
     place = model.blocks[1]._token_merge
     refused(model, ConfigError, "Block 9 does not exist", {9: 0.5})
@@ -72,12 +71,12 @@ def test_a_refusal_leaves_a_patched_model_as_it_was_patched():
 
 
 def test_class_attention_without_a_class_token_is_refused():
-    refused(make("no class token, avg"), ConfigError, "needs a class token", 0.5, importance="class_attention")
+    refused(make("ViT, no class token, average"), ConfigError, "needs a class token", 0.5, importance="class_attention")
 
 
 def test_class_attention_can_be_asked_for_where_the_class_token_is_not_read():
-    model = apply(make("class token, avg"), 0.5, importance="class_attention")
-    assert model(images(model)).shape == (2, 5)
+    model = apply(make("ViT, average"), 0.5, importance="class_attention")
+    assert model(images()).shape == (2, 5)
 
 
 def test_a_model_that_is_not_served_is_refused_by_name_and_the_families_are_listed():
@@ -146,7 +145,7 @@ def test_a_forward_replaced_on_the_instance_is_refused():
 
 def test_a_subclass_without_its_own_forward_is_served():
     model = apply(make(block_fn=OwnName), 0.5)
-    assert model(images(model)).shape == (2, 5)
+    assert model(images()).shape == (2, 5)
     remove(model)
     assert type(model.blocks[2]) is OwnName
 
@@ -173,7 +172,7 @@ def test_a_model_in_the_middle_of_a_forward_pass_is_refused(first, call):
     model = make()
     if first:
         apply(model, first)
-    x = images(model)
+    x = images()
     expected = model(x)
     seen = []
 
@@ -192,7 +191,7 @@ def test_a_model_in_the_middle_of_a_forward_pass_is_refused(first, call):
 @pytest.mark.parametrize("undo", [False, True])
 def test_a_patched_model_is_freed_with_its_last_reference(undo):
     model = apply(make(), 0.5)
-    model(images(model))
+    model(images())
     if undo:
         remove(model)
     reference = weakref.ref(model)
@@ -213,7 +212,7 @@ def test_a_forward_pass_in_another_thread_is_noticed():
         go_on.wait(60)
 
     model.blocks[0].register_forward_hook(hook)
-    thread = threading.Thread(target=model, args=(images(model),))
+    thread = threading.Thread(target=model, args=(images(),))
     thread.start()
     try:
         assert inside.wait(60)
@@ -233,7 +232,7 @@ def test_remove_without_apply_and_twice_is_without_effect():
 
 def test_apply_again_plans_anew():
     model = make()
-    x = images(model)
+    x = images()
     fresh = apply(make(), 0.5)(x)
     assert torch.equal(apply(apply(model, 0.9), 0.5)(x), fresh)
     assert type(model.blocks[1]).__mro__.count(vit.MergingBlock) == 1
@@ -243,7 +242,7 @@ def test_apply_again_plans_anew():
 
 def test_a_config_is_accepted_and_options_override_it():
     model = make()
-    x = images(model)
+    x = images()
     config = MergeConfig(0.5, similarity="keys")
     expected = apply(model, 0.5, similarity="keys", importance="uniform")(x)
     assert torch.equal(apply(model, config, importance="uniform")(x), expected)
@@ -253,7 +252,7 @@ def test_models_inside_a_larger_module_are_found():
     class Wrapper(nn.Module):
         def __init__(self):
             super().__init__()
-            self.image, self.other, self.head = make(), make("no class token, avg"), nn.Linear(5, 2)
+            self.image, self.other, self.head = make(), make("ViT, no class token, average"), nn.Linear(5, 2)
 
         def forward(self, x):
             return self.head(self.image(x) + self.other(x))
@@ -278,7 +277,7 @@ def test_features_only_models_keep_their_shapes():
 
 def test_pruning_to_intermediate_layers_after_apply_restores_behind_the_new_last_block():
     model = make()
-    x = images(model)
+    x = images()
     shape = model.forward_features(x).shape
     apply(model, 0.5)
     model.prune_intermediate_layers([2])
@@ -290,20 +289,20 @@ def test_blocks_taken_away_by_hand_are_noticed():
     model = apply(make(), 0.5)
     del model.blocks[-1]
     with pytest.raises(PatchStateError, match="Apply again"):
-        model(images(model))
-    assert apply(model, 0.5)(images(model)).shape == (2, 5)
+        model(images())
+    assert apply(model, 0.5)(images()).shape == (2, 5)
 
 
 def test_tokens_added_between_blocks_are_noticed():
     model = apply(make(), 0.5)
     model.blocks[1].register_forward_hook(lambda module, args, output: torch.cat((output, output[:, :1]), 1))
     with pytest.raises(PatchStateError, match="no tokens added or taken away"):
-        model(images(model))
+        model(images())
 
 
 def test_a_failed_forward_pass_leaves_nothing_behind():
     model = apply(make(), 0.5)
-    x = images(model)
+    x = images()
     expected = model(x)
 
     def fail(*_):
@@ -319,7 +318,7 @@ def test_a_failed_forward_pass_leaves_nothing_behind():
 
 def test_a_pass_given_up_half_way_does_not_reach_the_next_one():
     model = apply(make(), 0.5)
-    x = images(model)
+    x = images()
     expected = model(x)
     tokens = model._pos_embed(model.patch_embed(x))
     for block in model.blocks[:3]:
@@ -337,7 +336,7 @@ def test_a_block_called_on_its_own_is_an_unpatched_block():
 
 def test_a_loop_over_the_blocks_restores_the_grid():
     model = apply(make(), 0.5)
-    x = images(model)
+    x = images()
     tokens = model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(x))))
     for block in model.blocks:
         tokens = block(tokens)
@@ -375,7 +374,7 @@ def test_an_adapter_from_outside_the_package_serves_a_class_that_nobody_here_kno
         del base._registry[CustomViT]
     code = Path(custom_adapter.__file__).read_text()
     assert len(code.splitlines()) < 40
-    assert code in (EXAMPLES.parent / "README.md").read_text()
+    assert code in README.read_text()
 
 
 def test_the_nearest_registered_class_decides():

@@ -5,8 +5,8 @@ import gc
 import pytest
 import timm
 import torch
+from checks import shapes
 from families import fingerprint
-from test_families import shapes
 
 from token_merge_plugin import UnsupportedModelError, apply, remove, supported_models
 from token_merge_plugin.cli.list import on_meta

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from checks import equal_patches
 from families import images, make
 
 from token_merge_plugin import ConfigError, apply, remove
@@ -24,9 +25,7 @@ def test_merging_equal_tokens_changes_nothing(kind):
     for block in model.blocks:
         if hasattr(block.attn, "pos_proj"):  # each patch attends to all alike, wherever it lies
             block.attn.pos_proj.weight.zero_()
-    kinds = torch.randn(2, 3, 5, 16, 16)
-    which = torch.cat([torch.randperm(5), torch.randint(0, 5, (59,))])[torch.randperm(64)]
-    x = kinds[:, :, which].unflatten(2, (8, 8)).permute(0, 1, 2, 4, 3, 5).reshape(2, 3, 128, 128)
+    x = equal_patches(patch_size=16)
     expected = model.forward_features(x)
     apply(model, {0: 0.5, 1: 0.5, 3: 0.35})  # 64 -> 32 -> 16 -> 6 tokens
     torch.testing.assert_close(model.forward_features(x), expected, rtol=1e-3, atol=1e-4)

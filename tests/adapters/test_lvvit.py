@@ -1,15 +1,16 @@
 """LV-ViT: the model itself, token merging in it, and in the package that it was published with."""
 
-import copy
 import importlib
-import pickle
 import sys
 import types
+from functools import partial
 
+import families
 import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from checks import equal_patches, shapes
 from timm.layers import Mlp, resample_abs_pos_embed
 from timm.optim import param_groups_layer_decay
 from torch import nn
@@ -20,29 +21,10 @@ from token_merge_plugin.adapters import find_adapter
 from token_merge_plugin.adapters.lvvit import register_lvvit
 from token_merge_plugin.trial.counting import count_macs
 
-SMALL = {"img_size": 128, "num_classes": 5, "embed_dim": 32, "depth": 4, "num_heads": 2, "stem_chs": 8}
+SMALL = families.KINDS["LV-ViT"][1]
 GRID = (8, 8)
-
-
-def randomize(model, seed=0):
-    """Give every parameter and buffer a value that shows in the output."""
-    torch.manual_seed(seed)
-    with torch.no_grad():
-        for name, tensor in model.state_dict().items():
-            if name.endswith("running_var"):
-                tensor.uniform_(0.5, 1.5)
-            elif tensor.is_floating_point():
-                tensor.normal_(1.0 if "norm" in name and name.endswith("weight") else 0.0, 0.1)
-    return model
-
-
-def make(**changes):
-    return randomize(lvvit.LVViT(**SMALL | changes)).eval()
-
-
-def images(batch=2, seed=1):
-    torch.manual_seed(seed)
-    return torch.randn(batch, 3, 128, 128)
+make = partial(families.make, "LV-ViT")
+images = partial(families.images, "LV-ViT")
 
 
 def published_shapes(dim, depth, stem):
@@ -138,7 +120,7 @@ def test_the_forward_pass_is_the_formula(skip_lam):
 
 @torch.no_grad()
 def test_the_forward_pass_of_lvvit_t_is_the_formula():
-    model = randomize(timm.create_model("lvvit_t")).eval()
+    model = families.randomize(timm.create_model("lvvit_t")).eval()
     x = torch.randn(1, 3, 224, 224)
     torch.testing.assert_close(model(x), formula(model.state_dict(), x, 4, 1.0), rtol=1e-4, atol=1e-4)
 
@@ -255,48 +237,6 @@ def test_boxes_lie_in_the_grid_and_follow_the_seed():
     assert [lvvit.random_box(4, 9) for _ in range(300)] == boxes
 
 
-def fingerprint(model):
-    """Everything that `remove` has to bring back."""
-    return {
-        "classes": [(name, type(module)) for name, module in model.named_modules()],
-        "attributes": [(name, sorted(vars(module))) for name, module in model.named_modules()],
-        "keys": list(model.state_dict()),
-    }
-
-
-@torch.no_grad()
-def test_keep_rate_one_and_remove_give_the_unpatched_model():
-    model = make()
-    x = images()
-    expected, before, tensors = model(x), fingerprint(model), copy.deepcopy(model.state_dict())
-    apply(model, 1.0)
-    assert torch.equal(model(x), expected)
-    assert fingerprint(model) == before
-    apply(model, 0.5)
-    assert not torch.equal(model(x), expected)
-    assert list(model.state_dict()) == before["keys"]
-    remove(model)
-    assert fingerprint(model) == before
-    assert torch.equal(model(x), expected)
-    assert all(torch.equal(tensor, tensors[name]) for name, tensor in model.state_dict().items())
-
-
-@torch.no_grad()
-def test_output_keeps_its_shape_and_costs_fewer_multiply_adds():
-    model = make()
-    x = images()
-    stem = count_macs(model.patch_embed, x)
-    output, full = model(x), count_macs(model, x) - stem
-    apply(model, 0.6)
-    merged = model(x)
-    assert merged.shape == output.shape
-    assert torch.isfinite(merged).all()
-    assert count_macs(model, x) - stem < 0.9 * full
-    assert torch.equal(model.forward_head(model.forward_features(x)), merged)
-    for i in range(2):
-        torch.testing.assert_close(model(x[i : i + 1]), merged[i : i + 1], rtol=1e-4, atol=1e-5)
-
-
 @torch.no_grad()
 def test_intermediate_features_keep_their_shapes():
     model = make()
@@ -308,15 +248,10 @@ def test_intermediate_features_keep_their_shapes():
         {"indices": [1], "output_dict": True, "return_prefix_tokens": True},
     ]
 
-    def shapes(result):
-        if isinstance(result, torch.Tensor):
-            return tuple(result.shape)
-        return {k: shapes(v) for k, v in (result.items() if isinstance(result, dict) else enumerate(result))}
-
     expected = [shapes(model.forward_intermediates(x, **o)) for o in options]
-    assert expected[0] == {0: (2, 65, 32), 1: dict.fromkeys(range(4), (2, 32, *GRID))}
-    assert expected[1] == {0: (2, 65, 32), 1: {i: {0: (2, 64, 32), 1: (2, 1, 32)} for i in range(2)}}
-    assert expected[2] == dict.fromkeys(range(2), (2, 32, *GRID))
+    assert expected[0] == [(2, 65, 32), [(2, 32, *GRID)] * 4]
+    assert expected[1] == [(2, 65, 32), [[(2, 64, 32), (2, 1, 32)]] * 2]
+    assert expected[2] == [(2, 32, *GRID)] * 2
     assert set(expected[3]) == {"image_intermediates", "image_intermediates_prefix", "image_features"}
     apply(model, 0.6)
     assert [shapes(model.forward_intermediates(x, **o)) for o in options] == expected
@@ -329,9 +264,7 @@ def test_merging_equal_tokens_changes_nothing():
     model.pos_embed.zero_()
     proj = nn.Conv2d(3, 32, 16, stride=16)  # the stem would see the neighbours of a patch
     model.patch_embed.forward = lambda x: proj(x).permute(0, 2, 3, 1)
-    kinds = torch.randn(2, 3, 5, 16, 16)
-    which = torch.cat([torch.randperm(5), torch.randint(0, 5, (59,))])[torch.randperm(64)]
-    x = kinds[:, :, which].unflatten(2, GRID).permute(0, 1, 2, 4, 3, 5).reshape(2, 3, 128, 128)
+    x = equal_patches(patch_size=16)
     expected = model(x)
     torch.testing.assert_close(apply(model, {0: 0.5, 1: 0.5, 3: 0.35})(x), expected, rtol=1e-3, atol=1e-4)
 
@@ -394,29 +327,6 @@ def test_lvvit_s_has_the_published_count():
     apply(model, 0.7)
     assert sorted(model._token_merge.plan.schedule) == [4, 8, 12]
     assert count_macs(model, x) / 1e9 <= 4.8
-
-
-@torch.no_grad()
-def test_compiles_without_a_graph_break():
-    torch._dynamo.reset()
-    model = apply(make(), 0.6)
-    x = images()
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(x), model(x))
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
-def test_copies_are_patched_models_of_their_own(copied):
-    model = apply(make(), 0.6)
-    x = images()
-    expected = model(x)
-    other = copied(model)
-    assert torch.equal(other(x), expected)
-    assert other._token_merge.plan is not model._token_merge.plan
-    remove(other)
-    assert torch.equal(model(x), expected)
-    assert torch.equal(other(x), make()(x))
 
 
 def define_original():
@@ -509,13 +419,13 @@ def tlt(tmp_path_factory):
 @pytest.mark.parametrize("options", [{}, {"multi_scale": "importance"}, {"proportional_attention": False}])
 def test_the_original_package_is_served_once_it_is_imported(tlt, options):
     model, x = make_original(tlt), images()
-    expected, before = model(x), fingerprint(model)
+    expected, before = model(x), families.fingerprint(model)
     torch.testing.assert_close(make()(x), expected, rtol=1e-4, atol=1e-4)
     apply(model, 0.6, **options)
     torch.testing.assert_close(model(x), apply(make(), 0.6, **options)(x), rtol=1e-4, atol=1e-4)
     assert model._token_merge.plan.grid_size == GRID
     remove(model)
-    assert fingerprint(model) == before
+    assert families.fingerprint(model) == before
     assert torch.equal(model(x), expected)
 
 

@@ -2,12 +2,10 @@
 
 import pytest
 import torch
-from families import KINDS, images, make
+from families import FAMILIES, images, make
 
 from token_merge_plugin import apply
 from token_merge_plugin.adapters import find_adapter
-
-MAXX = [kind for kind in KINDS if kind.startswith(("MaxViT", "MaxxViT", "CoAtNe"))]
 
 
 def channel_axis(block):
@@ -25,7 +23,7 @@ def blocks_and_inputs(model, kind):
     return list(zip(blocks, shapes, strict=True))
 
 
-@pytest.mark.parametrize("kind", MAXX)
+@pytest.mark.parametrize("kind", FAMILIES["maxxvit"])
 @torch.no_grad()
 def test_merging_equal_tokens_changes_nothing(kind):
     """A chessboard of two colours, in squares of two by two tokens, so that pooling leaves two colours."""

@@ -1,42 +1,15 @@
 """NaFlexVit on batches of mixed sizes: padding is no token, and each image gets what it gets alone."""
 
 import pytest
-import timm
 import torch
+from checks import set_fused_attention, shapes
+from families import FAMILIES, make
 from timm.models.naflexvit import batch_patchify, create_attention_mask
 
 from token_merge_plugin import apply, remove
 from token_merge_plugin.trial.counting import count_macs
 
-SMALL = {"embed_dim": 48, "depth": 4, "num_heads": 4, "num_classes": 5}
-
-KINDS = {
-    "registers, average": ("naflexvit_base_patch16_gap", {}),
-    "register, attention pool": ("naflexvit_base_patch16_map", {}),
-    "no prefix tokens, factorized, maximum": (
-        "naflexvit_base_patch16_parfac_gap",
-        {"reg_tokens": 0, "global_pool": "max"},
-    ),
-    "class token and registers": ("naflexvit_base_patch16_radio_v3", {"pos_embed_grid_size": (16, 16)}),
-    "class token, all pooled": (
-        "naflexvit_base_patch16_map",
-        {"class_token": True, "pool_include_prefix": True},
-    ),
-    "RoPE": ("naflexvit_base_patch16_gap", {"rope_type": "axial", "pos_embed": "none"}),
-    "RoPE, one for each block": ("vit_small_patch16_rope_mixed_224", {"img_size": 128, "use_naflex": True}),
-    "differential attention": ("naflexvit_base_patch16_gap", {"attn_layer": "diff"}),
-}
-every_kind = pytest.mark.parametrize("kind", KINDS)
-
-
-def make(kind):
-    torch.manual_seed(0)
-    name, options = KINDS[kind]
-    model = timm.create_model(name, **SMALL, **options).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.1)
-    return model
+every_kind = pytest.mark.parametrize("kind", FAMILIES["naflexvit"])
 
 
 def mixed(seed=0, number=4, length=64, noise=0.0):
@@ -66,12 +39,6 @@ def features(model, batch):
     tokens, prefix = result["patches"], model.num_prefix_tokens
     assert torch.equal(result["patch_valid"], batch["patch_valid"])
     return [torch.cat((x[:prefix], x[prefix:][valid])) for x, valid in zip(tokens, batch["patch_valid"], strict=True)]
-
-
-def shapes(output):
-    if isinstance(output, dict):
-        return {name: shapes(part) for name, part in output.items()}
-    return output.shape if isinstance(output, torch.Tensor) else [shapes(part) for part in output]
 
 
 @every_kind
@@ -164,9 +131,7 @@ def test_gradients_reach_all_real_patches_and_no_padding(kind):
 def test_mixed_sizes_under_autocast_are_finite(kind, fused):
     model, batch = apply(make(kind), 0.6), mixed()
     expected = model(batch)
-    for module in model.modules():
-        if hasattr(module, "fused_attn"):
-            module.fused_attn = fused
+    set_fused_attention(model, fused)
     torch.testing.assert_close(model(batch), expected, rtol=1e-3, atol=1e-4)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.isfinite(model(batch)).all()
@@ -185,7 +150,7 @@ def test_an_image_without_patches_leaves_the_others_alone(kind):
 @torch.no_grad()
 def test_mixed_sizes_compile_without_a_graph_break():
     torch._dynamo.reset()
-    model, batch = make("registers, average"), mixed()
+    model, batch = make("NaFlexViT"), mixed()
     model.embeds.pos_embed_use_grid_sample = True  # timm's own way around a break
     compiled = torch.compile(apply(model, 0.6), fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(batch), model(batch), rtol=1e-3, atol=1e-4)

@@ -1,89 +1,16 @@
-"""What is particular to grids, on Swin Transformers: cells, windows, shifts, padding."""
+"""What is particular to grids, on Swin Transformers: windows, shifts, padding."""
 
 import pytest
-import timm
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from families import FAMILIES, make
 
 from token_merge_plugin import ConfigError, apply
 from token_merge_plugin.cli.list import on_meta
 from token_merge_plugin.config import tokens_kept
-from token_merge_plugin.method.merging import cells, join_windows, windows
-from token_merge_plugin.method.reduction import merge_within
+from token_merge_plugin.method.merging import windows
 from token_merge_plugin.trial.counting import count_macs
 
-SMALL = {"embed_dim": 32, "depths": (2, 2), "num_heads": (2, 4), "num_classes": 5}
-MODELS = {
-    "Swin": ("swin_tiny_patch4_window7_224", SMALL),
-    "Swin V2": ("swinv2_tiny_window8_256", SMALL),
-    "Swin V2 cr": ("swinv2_cr_tiny_224", SMALL),
-    "Swin V2 cr, norms in the residual stream": ("swinv2_cr_tiny_ns_224", SMALL | {"extra_norm_period": 1}),
-}
-every_model = pytest.mark.parametrize("kind", MODELS)
-
-
-def make(kind, seed=0, **options):
-    torch.manual_seed(seed)
-    name, small = MODELS[kind]
-    model = timm.create_model(name, **small | {"img_size": 112} | options).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.05)
-    return model
-
-
-@given(st.integers(1, 40), st.integers(1, 40))
-def test_cells_are_rectangles_that_hold_each_token_once(height, width):
-    index = cells(height, width)
-    assert sorted(index.flatten().tolist()) == list(range(height * width))
-    for cell in index:
-        rows, columns = cell // width, cell % width
-        assert (rows.max() - rows.min() + 1) * (columns.max() - columns.min() + 1) == len(cell)
-
-
-@given(st.integers(1, 3), st.integers(1, 4), st.integers(1, 4), st.integers(1, 4), st.integers(1, 4))
-def test_windows_are_cut_row_by_row_and_joined_again(batch, rows, columns, height, width):
-    grid = torch.randn(batch, rows * height, columns * width, 2)
-    cut = windows(grid, height, width)
-    for b in range(batch):
-        for i in range(rows):
-            for j in range(columns):
-                window = grid[b, i * height : (i + 1) * height, j * width : (j + 1) * width]
-                assert torch.equal(cut[(b * rows + i) * columns + j], window.reshape(-1, 2))
-    assert torch.equal(join_windows(cut, height, width, (rows * height, columns * width)), grid)
-
-
-@given(
-    st.integers(1, 3), st.sampled_from([(7, 7), (8, 16), (12, 12), (5, 3)]), st.floats(0.05, 0.95), st.integers(0, 99)
-)
-def test_merging_within_cells_is_a_partition_of_each_window(batch, grid_size, keep_rate, seed):
-    patches = grid_size[0] * grid_size[1]
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(batch, patches, 4, generator=generator).double()
-    tokens, merged = merge_within(x, grid_size, keep_rate)
-    index = cells(*grid_size)
-    kept = len(index) * tokens_kept(index.shape[1], keep_rate)
-    assert tokens.shape == (batch, kept, 4)
-    own = merged.token_map.gather(1, merged.representative)
-    assert torch.equal(own, torch.arange(kept).expand(batch, -1))  # a token holds its representative
-    for b in range(batch):
-        assert merged.token_map[b].bincount(minlength=kept).tolist() == merged.size[b].tolist()
-        for k in range(kept):
-            held = (merged.token_map[b] == k).nonzero()[:, 0]
-            torch.testing.assert_close(tokens[b, k], x[b, held].mean(0))
-            assert sum(set(held.tolist()) <= set(cell.tolist()) for cell in index) == 1
-
-
-@given(st.integers(0, 99), st.floats(0.3, 0.95))
-def test_tokens_that_are_to_stay_apart_are_not_merged(seed, keep_rate):
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(4, 49, 4, generator=generator)
-    region = torch.randint(0, 3, (2, 49), generator=generator)  # two windows an image, two images
-    _, merged = merge_within(x, (7, 7), keep_rate, region[:, :, None] != region[:, None, :])
-    for window in range(4):
-        for token in range(merged.size.shape[1]):
-            assert len(set(region[window % 2][merged.token_map[window] == token].tolist())) == 1
+every_model = pytest.mark.parametrize("kind", FAMILIES["swin"])
 
 
 @every_model

@@ -1,21 +1,19 @@
-"""The invariants of token merging, over every kind of model that the ViT adapter serves."""
-
-import copy
+"""What holds for the ViTs of timm, on a grid of 8 x 8 patches: `test_families.py` holds the rest."""
 
 import pytest
 import timm
 import torch
-from families import fingerprint
-from models import DEPTH, IMAGE_SIZE, KINDS, TIMM_KINDS, images, make
+from checks import equal_patches
+from families import DEPTH, FAMILIES, IMAGE_SIZE, SMALL_VITS, images, make
 from torch import nn
 
-from token_merge_plugin import apply, remove
-from token_merge_plugin.method import reduction
+from token_merge_plugin import apply
 from token_merge_plugin.trial.counting import count_macs
 
-ALL = [*KINDS, *TIMM_KINDS]
-every_kind = pytest.mark.parametrize("kind", ALL)
-every_small_kind = pytest.mark.parametrize("kind", KINDS)
+every_kind = pytest.mark.parametrize("kind", FAMILIES["vit"])
+every_small_kind = pytest.mark.parametrize("kind", SMALL_VITS)
+# A hybrid's convolutions see the neighbours of a patch.
+every_kind_of_separate_patches = pytest.mark.parametrize("kind", [kind for kind in SMALL_VITS if kind != "ViT, hybrid"])
 
 
 @pytest.fixture(autouse=True)
@@ -25,57 +23,9 @@ def _no_grad():
 
 
 @every_kind
-def test_keep_rate_one_is_the_unpatched_model(kind):
-    model = make(kind)
-    x = images(model)
-    expected, before = model(x), fingerprint(model)
-    apply(model, 1.0)
-    assert torch.equal(model(x), expected)
-    assert fingerprint(model) == before
-
-
-@every_kind
-def test_remove_brings_back_the_model_bit_for_bit(kind):
-    model = make(kind)
-    model.blocks[1].register_forward_hook(lambda *_: None)
-    x = images(model)
-    expected, before, tensors = model(x), fingerprint(model), copy.deepcopy(model.state_dict())
-    apply(model, 0.5)
-    assert fingerprint(model) != before
-    model(x)
-    assert remove(model) is model
-    assert fingerprint(model) == before
-    assert torch.equal(model(x), expected)
-    for name, tensor in model.state_dict().items():
-        assert torch.equal(tensor, tensors[name])
-
-
-@every_kind
-def test_the_patched_model_has_the_state_dict_keys_of_the_unpatched_one(kind):
-    model = make(kind)
-    keys = list(model.state_dict())
-    assert list(apply(model, 0.5).state_dict()) == keys
-    model.load_state_dict(make(kind, seed=1).state_dict(), strict=True)
-
-
-@every_kind
-def test_output_is_finite_and_shaped_like_the_unpatched_models(kind):
-    model = make(kind)
-    x = images(model)
-    features, output = model.forward_features(x), model(x)
-    apply(model, 0.6)
-    merged_features, merged_output = model.forward_features(x), model(x)
-    assert merged_features.shape == features.shape
-    assert merged_output.shape == output.shape
-    assert torch.isfinite(merged_output).all()
-    assert not torch.equal(merged_output, output)
-    assert torch.equal(model.forward_head(merged_features), merged_output)
-
-
-@every_kind
 def test_intermediate_features_keep_their_shapes_and_the_last_one_is_the_output(kind):
     model = make(kind)
-    x = images(model)
+    x = images(kind)
     expected = model.forward_intermediates(x, return_prefix_tokens=True, output_fmt="NLC")
     shapes = [tuple(part.shape for part in pair) for pair in zip(*expected[1], strict=True)]
     apply(model, 0.6)
@@ -90,23 +40,6 @@ def test_intermediate_features_keep_their_shapes_and_the_last_one_is_the_output(
     torch.testing.assert_close(model.forward_features(x), final)
 
 
-@every_kind
-def test_fewer_multiply_adds(kind):
-    model = make(kind)
-    x = images(model, batch=1)
-    before = count_macs(model, x)
-    assert count_macs(apply(model, 0.6), x) < 0.9 * before
-
-
-@every_kind
-def test_an_image_does_not_depend_on_the_others_of_its_batch(kind):
-    model = apply(make(kind), 0.6)
-    x = images(model, batch=3)
-    together = model(x)
-    for i in range(3):
-        torch.testing.assert_close(model(x[i : i + 1]), together[i : i + 1], rtol=1e-4, atol=1e-5)
-
-
 @every_small_kind
 @pytest.mark.parametrize("option", ["importance", "similarity", "distinctiveness", "multi_scale"])
 def test_merging_equal_tokens_changes_nothing(kind, option):
@@ -118,12 +51,10 @@ def test_merging_equal_tokens_changes_nothing(kind, option):
         "multi_scale": {"multi_scale": "off"},
     }[option]
     model = make(kind)
-    if kind == "hybrid":
+    if kind == "ViT, hybrid":
         model.patch_embed.backbone = nn.Conv2d(3, 8, 2, 2)
     model.pos_embed.zero_()
-    kinds = torch.randn(2, 3, 5, 4, 4)
-    which = torch.cat([torch.randperm(5), torch.randint(0, 5, (59,))])[torch.randperm(64)]
-    x = kinds[:, :, which].unflatten(2, (8, 8)).permute(0, 1, 2, 4, 3, 5).reshape(2, 3, IMAGE_SIZE, IMAGE_SIZE)
+    x = equal_patches(patch_size=4)
     expected = model.forward_features(x)
     apply(model, {0: 0.5, 1: 0.5, 3: 0.35}, **options)  # 64 -> 32 -> 16 -> 6 tokens
     torch.testing.assert_close(model.forward_features(x), expected, rtol=1e-3, atol=1e-4)
@@ -143,18 +74,6 @@ def test_without_proportional_attention_merging_equal_tokens_does_change_the_out
     torch.testing.assert_close(model(x), expected, rtol=1e-3, atol=1e-4)
 
 
-@every_small_kind
-@pytest.mark.parametrize("fused", [True, False])
-def test_fused_and_unfused_attention_agree(kind, fused):
-    model = apply(make(kind), 0.6)
-    x = images(model)
-    expected = model(x)
-    for module in model.modules():
-        if hasattr(module, "fused_attn"):
-            module.fused_attn = fused
-    torch.testing.assert_close(model(x), expected, rtol=1e-3, atol=1e-4)
-
-
 def padded(model, x):
     """Return a key mask that hides the lower half of the images, and images that differ there."""
     tokens = model.num_prefix_tokens + 64
@@ -165,12 +84,12 @@ def padded(model, x):
     return mask, other
 
 
-@pytest.mark.parametrize("kind", [k for k in KINDS if k not in ("dynamic", "hybrid")])
+@every_kind_of_separate_patches
 @pytest.mark.parametrize("as_bool", [True, False])
 @pytest.mark.parametrize("proportional_attention", [True, False])
 def test_patches_that_a_mask_hides_do_not_reach_the_others(kind, as_bool, proportional_attention):
     model = apply(make(kind), 0.7, proportional_attention=proportional_attention)
-    x = images(model)
+    x = images(kind)
     mask, other = padded(model, x)
     if not as_bool:
         mask = torch.zeros(mask.shape).masked_fill(~mask, float("-inf"))
@@ -182,7 +101,7 @@ def test_patches_that_a_mask_hides_do_not_reach_the_others(kind, as_bool, propor
     torch.testing.assert_close(features[0], features[1])
 
 
-@pytest.mark.parametrize("kind", [k for k in KINDS if k not in ("dynamic", "hybrid")])
+@every_kind_of_separate_patches
 def test_a_mask_on_equal_tokens_gives_what_it_gives_unpatched(kind):
     model = make(kind)
     model.pos_embed.zero_()
@@ -201,7 +120,7 @@ def test_a_mask_on_equal_tokens_gives_what_it_gives_unpatched(kind):
 @every_small_kind
 def test_causal_attention_is_what_a_causal_mask_gives(kind):
     model = make(kind)
-    x = images(model)
+    x = images(kind)
     shape = model.forward_features(x).shape
     apply(model, 0.6)
     tokens = model.num_prefix_tokens + 64
@@ -216,7 +135,7 @@ def test_causal_attention_is_what_a_causal_mask_gives(kind):
 @every_small_kind
 def test_the_last_patch_counts_under_a_causal_mask_though_no_other_sees_it(kind):
     model = apply(make(kind), 0.6)
-    x = images(model)
+    x = images(kind)
     other = x.clone()
     other[..., -1, -1] += 10
     last, changed = (model.forward_features(y, is_causal=True)[:, -1] for y in (x, other))
@@ -225,7 +144,7 @@ def test_the_last_patch_counts_under_a_causal_mask_though_no_other_sees_it(kind)
 
 @pytest.mark.parametrize("size", [(32, 32), (32, 48), (64, 16), (4, 8), (4, 4)])
 def test_dynamic_image_sizes_down_to_one_token(size):
-    model = make("dynamic")
+    model = make("ViT, any image size")
     x = torch.randn(2, 3, *size)
     expected = model.forward_features(x)
     merged = apply(model, 0.5).forward_features(x)
@@ -236,20 +155,19 @@ def test_dynamic_image_sizes_down_to_one_token(size):
 
 
 def test_patch_dropout_in_training_leaves_the_sequence_as_long_as_unpatched():
-    model = make("Block", patch_drop_rate=0.5).train()
-    x = images(model)
+    model, x = make("ViT", patch_drop_rate=0.5).train(), images()
     shape = model.forward_features(x).shape
     assert apply(model, 0.5).forward_features(x).shape == shape == (2, 33, 32)
 
 
 def test_both_prefix_tokens_of_a_distilled_deit_count():
-    plan = apply(make("distilled"), 0.5, importance="class_attention")._token_merge.plan
+    plan = apply(make("DeiT, distilled"), 0.5, importance="class_attention")._token_merge.plan
     assert plan.num_prefix_tokens == plan.class_queries == 2
 
 
 @pytest.mark.parametrize(
     ("kind", "class_tokens"),
-    [("Block", 1), ("distilled", 2), ("register tokens", 1), ("class token, avg", 1)],
+    [("ViT", 1), ("DeiT, distilled", 2), ("ViT, registers", 1), ("ViT, average", 1)],
 )
 def test_the_class_tokens_say_what_matters_only_where_that_is_asked_for(kind, class_tokens):
     def queries(**options):
@@ -260,37 +178,21 @@ def test_the_class_tokens_say_what_matters_only_where_that_is_asked_for(kind, cl
     assert queries(importance="uniform") == queries(method="tome") == 0
 
 
-@pytest.mark.parametrize("masked", [False, True])
-def test_importance_is_the_attention_that_tokens_receive_from_16_of_them(masked):
-    torch.manual_seed(0)
-    query, key = torch.randn(2, 2, 2, 41, 8)  # a class token and 40 image tokens
-    bias = torch.randn(2, 1, 41, 41) if masked else None
-    attention = (query @ key.transpose(2, 3) * 0.5 + (0 if bias is None else bias)).softmax(3)
-    rows = [1 + (2 * j + 1) * 40 // 32 for j in range(16)]
-    expected = attention[:, :, rows, 1:].mean(dim=(1, 2))
-    plan = apply(make(), 0.5)._token_merge.plan
-    identity = torch.arange(40).expand(2, -1)
-    before = reduction.Merged(torch.ones(2, 40), identity, identity)
-    evidence = [reduction.Evidence(query, key, key, 0.5, bias)]
-    stage = reduction.Stage(plan, reduction.Pass(40, 1), 2, torch.zeros(2, 40, 16), before, evidence)
-    torch.testing.assert_close(reduction._attention_received(stage), expected)
-
-
 def test_register_tokens_are_neither_scored_nor_merged():
-    model = apply(make("register tokens"), 0.5)
+    model = apply(make("ViT, registers"), 0.5)
     seen = []
     model.blocks[DEPTH - 2].register_forward_hook(lambda module, args, output: seen.append(output.shape[1]))
-    model(images(model))
+    model(images("ViT, registers"))
     assert seen == [5 + 16]  # a class token, 4 registers, and 64 patches halved twice
 
 
-@pytest.mark.parametrize("kind", ["Block", "no class token, avg"])
+@pytest.mark.parametrize("kind", ["ViT", "ViT, no class token, average"])
 @pytest.mark.parametrize("importance", ["auto", "uniform"])
 @pytest.mark.parametrize("similarity", ["tokens", "keys", "values"])
 @pytest.mark.parametrize("multi_scale", ["off", "importance", "descriptors"])
 def test_every_option_runs(kind, importance, similarity, multi_scale):
     model = make(kind)
-    x = images(model)
+    x = images(kind)
     shape = model(x).shape
     for distinctiveness in (True, False):
         options = {"similarity": similarity, "multi_scale": multi_scale, "distinctiveness": distinctiveness}

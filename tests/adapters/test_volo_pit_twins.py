@@ -1,14 +1,11 @@
 """What VOLO, PiT and Twins have of their own; the invariants that all families share are in test_families.py."""
 
 import pytest
-import timm
 import torch
-from families import KINDS, images, make
+from families import images, make
 
 from token_merge_plugin import ConfigError, UnsupportedModelError, apply, remove
 from token_merge_plugin.trial.counting import count_macs
-
-ALL = ["VOLO", "PiT", "PiT, distilled", "Twins-PCPVT", "Twins-SVT"]
 
 
 def doubled(batch, height, width, channels):
@@ -18,9 +15,7 @@ def doubled(batch, height, width, channels):
 
 
 def twins_with_padding():
-    torch.manual_seed(0)
-    name, options = KINDS["Twins-SVT"]
-    return timm.create_model(name, **options | {"wss": (7, 7, 7, 7)}).eval()
+    return make("Twins-SVT", wss=(7, 7, 7, 7))
 
 
 @torch.no_grad()
@@ -29,15 +24,6 @@ def test_windows_of_twins_that_need_padding():
     model, x = twins_with_padding(), images("Twins-SVT")
     expected = model(x)
     torch.testing.assert_close(apply(model, 0.99999)(x), expected, rtol=1e-5, atol=1e-5)
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("kind", ALL)
-def test_features_keep_their_shapes(kind):
-    name, options = KINDS[kind]
-    model, x = timm.create_model(name, **options, features_only=True).eval(), images(kind)
-    expected = [feature.shape for feature in model(x)]
-    assert [feature.shape for feature in apply(model, 0.6)(x)] == expected
 
 
 @torch.no_grad()
@@ -117,8 +103,7 @@ def test_the_grid_is_restored_behind_whatever_run_of_blocks_is_left(kind, last):
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("mix_token", [False, True])
 def test_volo_trains_with_token_labels(mix_token, checkpointing):
-    name, options = KINDS["VOLO"]
-    model = apply(timm.create_model(name, **options, use_mix_token=mix_token), 0.6).train()
+    model = apply(make("VOLO", use_mix_token=mix_token), 0.6).train()
     model.set_grad_checkpointing(checkpointing)
     pooled, dense, box = model.forward_train(images("VOLO"))
     assert pooled.shape == (2, 384)  # in front of the head

@@ -1,23 +1,37 @@
-"""Learned multi-scale fusion: parameters that join the model, start at nothing, and are trained with it."""
+"""Multi-scale fusion: of means, and learned, by parameters that start at nothing and are trained with the model."""
 
 import copy
-import pickle
 
 import pytest
 import timm
 import torch
-from families import images
-from families import make as make_kind
-from models import IMAGE_SIZE, make
+from checks import COPIES
+from families import images, make
 
 from token_merge_plugin import ConfigError, apply, remove
-from token_merge_plugin.method.multiscale import LEARNED_SCALES, MultiScaleFusion
+from token_merge_plugin.method.multiscale import LEARNED_SCALES, SCALES, MultiScaleFusion, fuse
 
 OPTIONS = {"multi_scale": "learned", "keep_rate": 0.6}
 
 
-def photos():
-    return torch.randn(2, 3, IMAGE_SIZE, IMAGE_SIZE, generator=torch.Generator().manual_seed(1))
+def test_multi_scale_fusion_is_the_mean_of_a_patch_and_of_its_neighbourhoods():
+    height, width = 4, 6
+    features = torch.randn(2, height * width, 3)
+    fused = fuse(features, (height, width)).reshape(2, height, width, 3)
+    grid = features.reshape(2, height, width, 3)
+    for y in range(height):
+        for x in range(width):
+            means = [grid[:, y, x]]
+            for scale in SCALES:
+                r = scale // 2
+                square = grid[:, max(0, y - r) : y + r + 1, max(0, x - r) : x + r + 1]
+                means.append(square.flatten(1, 2).mean(1))
+            torch.testing.assert_close(fused[:, y, x], torch.stack(means).mean(0))
+
+
+def test_multi_scale_fusion_leaves_a_constant_map_as_it_is():
+    features = torch.ones(1, 20, 2) * torch.tensor([1.0, -3.0])
+    torch.testing.assert_close(fuse(features, (4, 5)), features)
 
 
 def fusion_of(model):
@@ -32,7 +46,7 @@ def trained(model):
 
 @pytest.mark.parametrize("kind", ["BEiT", "RoPE ViT, axial", "CaiT", "ConViT", "relative position, class token"])
 def test_it_starts_exactly_at_the_training_free_model(kind):
-    model, x = make_kind(kind), images(kind)
+    model, x = make(kind), images(kind)
     with torch.no_grad():
         expected = apply(model, 0.6)(x)
         assert torch.equal(apply(model, **OPTIONS)(x), expected)
@@ -72,7 +86,7 @@ def test_parameters_have_one_prefix_and_are_gone_after_remove():
 
 
 def test_parameters_can_be_saved_alone_and_load_with_the_rest():
-    model, x = trained(apply(make(), **OPTIONS)), photos()
+    model, x = trained(apply(make(), **OPTIONS)), images()
     alone = {name: value for name, value in model.state_dict().items() if "token_merge_fusion" in name}
     other = apply(make(), **OPTIONS)
     other.load_state_dict(alone, strict=False)
@@ -84,7 +98,7 @@ def test_parameters_can_be_saved_alone_and_load_with_the_rest():
 
 
 def test_applying_again_keeps_what_was_learned_and_a_failed_call_does_too():
-    model, x = trained(apply(make(), **OPTIONS)), photos()
+    model, x = trained(apply(make(), **OPTIONS)), images()
     fusion = fusion_of(model)
     with torch.no_grad():
         expected = model(x)
@@ -106,7 +120,7 @@ def test_training_reaches_every_parameter(checkpointing):
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     for _ in range(2):  # the gates first: as long as they are zero, the convolutions have no effect
         optimizer.zero_grad()
-        model(photos()).square().sum().backward()
+        model(images()).square().sum().backward()
         optimizer.step()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, name
@@ -118,7 +132,7 @@ def test_training_reaches_every_parameter(checkpointing):
 def test_gradients_are_those_of_finite_differences(options):
     torch.manual_seed(0)
     model = apply(make().double(), 0.6, **options).train()
-    x = photos().double()
+    x = images().double()
     if options.get("multi_scale") == "learned":
         trained(model)
     model(x).square().sum().backward()
@@ -138,11 +152,11 @@ def test_gradients_are_those_of_finite_differences(options):
 
 
 def test_copies_pickles_and_compiles():
-    model, x = trained(apply(make(), **OPTIONS)), photos()
+    model, x = trained(apply(make(), **OPTIONS)), images()
     with torch.no_grad():
         expected = model(x)
-        assert torch.equal(copy.deepcopy(model)(x), expected)
-        assert torch.equal(pickle.loads(pickle.dumps(model))(x), expected)
+        for copied in COPIES.values():
+            assert torch.equal(copied(model)(x), expected)
         compiled = torch.compile(copy.deepcopy(model), fullgraph=True, backend="eager")
         assert torch.allclose(compiled(x), expected, atol=1e-5)
         exported = torch.export.export(copy.deepcopy(model), (x,))
@@ -150,7 +164,7 @@ def test_copies_pickles_and_compiles():
 
 
 def test_dense_outputs_keep_their_shapes():
-    model, x = make(), photos()
+    model, x = make(), images()
     shapes = [y.shape for y in model.forward_intermediates(x)[1]]
     trained(apply(model, **OPTIONS))
     assert [y.shape for y in model.forward_intermediates(x)[1]] == shapes

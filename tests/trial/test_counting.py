@@ -1,6 +1,6 @@
 import pytest
 import torch
-from models import images, make
+from families import images, make
 from timm.models.vision_transformer import VisionTransformer
 
 from token_merge_plugin import MergeConfig, apply
@@ -40,14 +40,14 @@ def test_the_closed_formula_is_what_torch_counts(keep_rate, class_token, reg_tok
 
 def test_macs_are_per_image():
     model = make()
-    assert count_macs(model, images(model, batch=1)) == count_macs(model, images(model, batch=3))
+    assert count_macs(model, images(batch=1)) == count_macs(model, images(batch=3))
 
 
 def test_counting_leaves_the_model_as_it_was():
     model = make().train()
     model.blocks[0].eval()
     parameters = dict(model.named_parameters())
-    count_macs(model, images(model))
+    count_macs(model, images())
     assert model.training
     assert not model.blocks[0].training
     assert model.blocks[1].training

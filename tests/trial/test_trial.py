@@ -10,9 +10,9 @@ from types import SimpleNamespace
 import pytest
 import timm
 import torch
+from families import make
 from hypothesis import given
 from hypothesis import strategies as st
-from models import make
 
 from token_merge_plugin import ConfigError, DataError, MergeConfig, UnsupportedModelError, apply, remove
 from token_merge_plugin.builtin import CLASSES, FOLDER, create_reference_model, load_images, read_idx
