@@ -9,15 +9,14 @@ import sys
 from pathlib import Path
 
 import lightning
-import numpy as np
 import open_clip
 import pytest
 import segmentation_models_pytorch as smp
 import timm
 import torch
 import torch.nn.functional as F
+from checks import EXAMPLES, draw
 from lightning.pytorch.callbacks import EMAWeightAveraging
-from PIL import Image
 from torch.utils.data import DataLoader, TensorDataset
 from transformers import (
     AutoModelForImageClassification,
@@ -37,7 +36,7 @@ from token_merge_plugin.adapters.base import Patched
 from token_merge_plugin.pipelines import patch_timm
 from token_merge_plugin.trial.counting import count_macs
 
-EXAMPLES = sorted((Path(__file__).parents[1] / "examples" / "integrations").glob("*.py"))
+SCRIPTS = sorted((EXAMPLES / "integrations").glob("*.py"))
 SIZE = 160  # test_vit's own: 100 image tokens
 CLASSES = 3
 LABELS = torch.tensor([0, 2])
@@ -239,8 +238,7 @@ def test_from_pretrained_within_patch_timm_loads_the_weights_into_a_patched_mode
 def test_an_image_classification_pipeline_runs_the_patched_model():
     model = apply(build("transformers TimmWrapperForImageClassification")[0], 0.7)
     processor = TimmWrapperImageProcessor(model.timm_model.pretrained_cfg)
-    pixels = np.random.default_rng(0).integers(0, 256, (2, 200, 180, 3), dtype=np.uint8)
-    images = [Image.fromarray(image) for image in pixels]
+    images = [draw(0), draw(1)]
     classify = pipeline("image-classification", model=model, image_processor=processor, device="cpu")
     answers = classify(images, top_k=CLASSES, batch_size=2)
     with torch.no_grad():
@@ -447,39 +445,10 @@ def test_a_torch_hub_repository_that_calls_create_model_gives_patched_models_wit
     assert is_patched(model)
 
 
-# What such packages do to a model after it was made: within `patch_timm`, it is patched by then
-
-
-def as_if_patched_last(change, *, options):
-    """Return the outputs of a model patched before a change, and of one patched after it."""
-    outputs = []
-    for order in (("patch", "change"), ("change", "patch")):
-        torch.manual_seed(0)
-        model = timm.create_model("vit_tiny_patch16_224", img_size=96, depth=4, num_classes=CLASSES).eval()
-        for step in order:
-            apply(model, 0.7, **options) if step == "patch" else change(model)
-        torch.manual_seed(1)
-        with torch.no_grad():
-            outputs.append(model(torch.randn(2, 3, *model.patch_embed.img_size)))
-    return outputs
-
-
-def test_a_patched_model_whose_pooling_is_changed_chooses_tokens_as_if_patched_after_it():
-    before, after = as_if_patched_last(lambda model: model.reset_classifier(0, "avg"), options={})
-    assert torch.equal(before, after)
-
-
-def test_a_patched_model_whose_image_size_is_changed_sees_the_scales_of_the_new_grid():
-    before, after = as_if_patched_last(
-        lambda model: model.set_input_size((96, 128)), options={"multi_scale": "descriptors"}
-    )
-    assert torch.equal(before, after)
-
-
 # Examples
 
 
-@pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("example", SCRIPTS, ids=lambda path: path.stem)
 def test_example_runs_and_prints_what_it_saved(example, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", [str(example)])
@@ -491,7 +460,7 @@ def test_example_runs_and_prints_what_it_saved(example, tmp_path, monkeypatch, c
 
 
 def test_every_package_has_an_example():
-    names = [path.stem for path in EXAMPLES]
+    names = [path.stem for path in SCRIPTS]
     assert names == [
         "lightning_module",
         "open_clip_tower",

@@ -1,0 +1,89 @@
+"""Regressions of public reports: what people do with a vision transformer of timm around `apply`.
+
+A report becomes a test here, whose docstring says what was done.
+"""
+
+import pytest
+import timm
+import torch
+from checks import shapes
+from families import images, make
+
+from token_merge_plugin import PatchStateError, UnsupportedModelError, apply
+
+
+def as_if_patched_last(change, *, options):
+    """Return the outputs of a model patched before a change, and of one patched after it."""
+    outputs = []
+    for order in (("patch", "change"), ("change", "patch")):
+        torch.manual_seed(0)
+        model = timm.create_model("vit_tiny_patch16_224", img_size=96, depth=4, num_classes=3).eval()
+        for step in order:
+            apply(model, 0.7, **options) if step == "patch" else change(model)
+        torch.manual_seed(1)
+        with torch.no_grad():
+            outputs.append(model(torch.randn(2, 3, *model.patch_embed.img_size)))
+    return outputs
+
+
+def test_a_patched_model_whose_pooling_is_changed_chooses_tokens_as_if_patched_after_it():
+    """A package that builds on timm changes the model that it made, which was patched as it was made."""
+    before, after = as_if_patched_last(lambda model: model.reset_classifier(0, "avg"), options={})
+    assert torch.equal(before, after)
+
+
+def test_a_patched_model_whose_image_size_is_changed_sees_the_scales_of_the_new_grid():
+    """A package that builds on timm gives the model that it made another image size."""
+    before, after = as_if_patched_last(
+        lambda model: model.set_input_size((96, 128)), options={"multi_scale": "descriptors"}
+    )
+    assert torch.equal(before, after)
+
+
+def test_feature_extractors_by_hooks_are_refused_where_a_hook_would_see_fewer_tokens():
+    """A segmentation or detection model takes its features from hooks on the blocks."""
+    model = timm.create_model("test_vit", features_only=True, feature_cls="hook")
+    with pytest.raises(UnsupportedModelError, match="feature_cls='getter'"):
+        apply(model, 0.5)
+    x = torch.randn(1, 3, 160, 160)
+    model = timm.create_model("test_vit", features_only=True, feature_cls="getter")
+    expected = shapes(model(x))
+    assert shapes(apply(model, 0.5)(x)) == expected
+
+
+def test_pruning_to_intermediate_layers_after_apply_restores_behind_the_new_last_block():
+    """The last blocks are cut off by timm's own method, once the model is patched."""
+    model = make()
+    x = images()
+    shape = model.forward_features(x).shape
+    apply(model, 0.5)
+    model.prune_intermediate_layers([2])
+    assert len(model.blocks) == 3
+    assert model.forward_features(x).shape == shape
+
+
+def test_blocks_taken_away_by_hand_are_noticed():
+    """The last block is cut off by hand, once the model is patched."""
+    model = apply(make(), 0.5)
+    del model.blocks[-1]
+    with pytest.raises(PatchStateError, match="Apply again"):
+        model(images())
+    assert apply(model, 0.5)(images()).shape == (2, 5)
+
+
+def test_tokens_added_between_blocks_are_noticed():
+    """Prompts are added between blocks, as deep prompt tuning does."""
+    model = apply(make(), 0.5)
+    model.blocks[1].register_forward_hook(lambda module, args, output: torch.cat((output, output[:, :1]), 1))
+    with pytest.raises(PatchStateError, match="no tokens added or taken away"):
+        model(images())
+
+
+def test_a_loop_over_the_blocks_restores_the_grid():
+    """The forward pass is written out by hand, to take features in between."""
+    model = apply(make(), 0.5)
+    x = images()
+    tokens = model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(x))))
+    for block in model.blocks:
+        tokens = block(tokens)
+    torch.testing.assert_close(model.norm(tokens), model.forward_features(x))
