@@ -75,12 +75,11 @@ from token_merge_plugin.trial.data import (
     Batch,
     Data,
     FashionMnist,
-    data_config,
     has_idx_files,
-    load_model,
     open_data,
 )
 from token_merge_plugin.trial.measuring import keep_freed_memory
+from token_merge_plugin.trial.models import data_config, load_model
 from token_merge_plugin.trial.run import paired_interval
 
 # At 1.0 a stage would not exist: its learned fusion would go, and a sharded model cannot be given other stages.

@@ -11,7 +11,8 @@ from PIL import Image
 
 import token_merge_plugin
 from token_merge_plugin.cli import main
-from token_merge_plugin.trial.data import data_config, load_model, open_data
+from token_merge_plugin.trial.data import open_data
+from token_merge_plugin.trial.models import data_config, load_model
 from token_merge_plugin.trial.results import from_json
 
 COMMAND = [sys.executable, "-m", "token_merge_plugin"]

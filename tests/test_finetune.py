@@ -18,7 +18,7 @@ from timm.models import load_checkpoint
 from token_merge_plugin import MergeConfig, apply
 from token_merge_plugin.builtin import create_reference_model, load_images, load_pixels
 from token_merge_plugin.models.lvvit import random_box, token_labeling_loss
-from token_merge_plugin.trial.data import load_model
+from token_merge_plugin.trial.models import load_model
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 sys.path.insert(0, str(EXAMPLES))

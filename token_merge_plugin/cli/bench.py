@@ -15,8 +15,8 @@ from token_merge_plugin.cli.options import (
     load,
     positive,
 )
-from token_merge_plugin.trial.data import data_config
 from token_merge_plugin.trial.measuring import keep_freed_memory
+from token_merge_plugin.trial.models import data_config
 from token_merge_plugin.trial.results import format_table
 from token_merge_plugin.trial.run import Tensors, device_name, run_trial, versions
 
