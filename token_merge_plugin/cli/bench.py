@@ -17,8 +17,8 @@ from token_merge_plugin.cli.options import (
 )
 from token_merge_plugin.trial.measuring import keep_freed_memory
 from token_merge_plugin.trial.models import data_config
-from token_merge_plugin.trial.results import format_table
 from token_merge_plugin.trial.run import Tensors, device_name, run_trial, versions
+from token_merge_plugin.trial.table import format_table
 
 
 def add(commands: Any) -> None:

@@ -25,9 +25,10 @@ from token_merge_plugin.errors import DataError, UnsupportedModelError
 from token_merge_plugin.patching import apply, remove
 from token_merge_plugin.trial.data import Data
 from token_merge_plugin.trial.drawing import Picture, picture_stages
+from token_merge_plugin.trial.judging import best_row
 from token_merge_plugin.trial.measuring import keep_freed_memory
 from token_merge_plugin.trial.report import require_charts, write_html, write_png
-from token_merge_plugin.trial.results import TrialResult, best_row, to_csv, to_json
+from token_merge_plugin.trial.results import TrialResult, to_csv, to_json
 from token_merge_plugin.trial.run import run_trial
 from token_merge_plugin.trial.tracing import trace
 
