@@ -17,8 +17,9 @@ from models import make
 from token_merge_plugin import ConfigError, DataError, MergeConfig, UnsupportedModelError, apply, remove
 from token_merge_plugin.builtin import CLASSES, FOLDER, create_reference_model, load_images, read_idx
 from token_merge_plugin.trial.counting import count_macs, equal_compute
+from token_merge_plugin.trial.images import Tensors
 from token_merge_plugin.trial.measuring import keep_freed_memory, peak_memory, time_in_turns
-from token_merge_plugin.trial.run import Tensors, compare, evaluate, paired_interval, run_trial
+from token_merge_plugin.trial.run import compare, evaluate, paired_interval, run_trial
 from token_merge_plugin.trial.tracing import trace
 
 METHODS = ("merge", "tome", "evit", "prune", "random")

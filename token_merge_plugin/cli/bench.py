@@ -15,9 +15,10 @@ from token_merge_plugin.cli.options import (
     load,
     positive,
 )
+from token_merge_plugin.trial.images import Tensors
 from token_merge_plugin.trial.measuring import keep_freed_memory
 from token_merge_plugin.trial.models import data_config
-from token_merge_plugin.trial.run import Tensors, device_name, run_trial, versions
+from token_merge_plugin.trial.run import device_name, run_trial, versions
 from token_merge_plugin.trial.table import format_table
 
 

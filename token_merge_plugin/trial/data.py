@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO
 
 import torch
 from PIL import Image
@@ -30,8 +30,8 @@ from torchvision.transforms.functional import to_pil_image
 
 from token_merge_plugin.builtin import CLASSES, FOLDER, load_pixels
 from token_merge_plugin.errors import ConfigError, DataError, MissingExtraError, first_few, first_line
+from token_merge_plugin.trial.images import NO_LABEL, Batch
 
-NO_LABEL = -1
 # validate.py's 4, where there are so many cores.
 DEFAULT_WORKERS = min(4, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 # In a sample's row, in the place of its label. Worker processes send numbers back, no exceptions.
@@ -39,22 +39,6 @@ _UNREADABLE, _BAD_LABEL = -2, -3
 
 _LABEL_ADVICE = "Give --class-map FILE (one folder name a line, in the order of the model's classes), or --unlabelled."
 _PACKAGES = {"hfds": "datasets", "wds": "webdataset", "torch": "torchvision"}
-
-
-class Batch(NamedTuple):
-    """Images that could be read, in the order of the data.
-
-    Attributes:
-        images: float [B, C, H, W], preprocessed, on the device.
-        labels: int64 [B], on the device; -1 where there is none.
-        indices: int64 [B], on the CPU: numbers of the images in the whole source.
-        end: images of this `Data` that have gone by, with the unreadable ones; `batches(start=end)` goes on after them.
-    """
-
-    images: Tensor
-    labels: Tensor
-    indices: Tensor
-    end: int
 
 
 class Data:

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import astuple, dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import timm
 import torch
@@ -25,56 +25,10 @@ from token_merge_plugin.config import METHODS, MergeConfig
 from token_merge_plugin.errors import ConfigError, DataError
 from token_merge_plugin.patching import apply, remove
 from token_merge_plugin.trial.counting import count_macs, equal_compute
-from token_merge_plugin.trial.data import Batch
+from token_merge_plugin.trial.images import Batch, Images
 from token_merge_plugin.trial.journal import Journal
 from token_merge_plugin.trial.measuring import evaluating, peak_memory, plan, time_in_turns
 from token_merge_plugin.trial.results import UNPATCHED, TrialResult, TrialRow
-
-
-class Images(Protocol):
-    """What a trial goes through: `data.Data`, or `Tensors`."""
-
-    labelled: bool
-    description: str
-    batch_size: int
-
-    @property
-    def unreadable(self) -> list[str]: ...
-    def __len__(self) -> int: ...
-    def batches(self, start: int = 0) -> Iterator[Batch]: ...
-
-
-class Tensors:
-    """Images that are at hand as tensors.
-
-    Args:
-        images: [B, C, H, W], preprocessed, on the model's device.
-        labels: [B], class indices, or None.
-        batch_size: images a forward pass.
-
-    Raises:
-        DataError: there are no images, or the labels are not one for each.
-    """
-
-    def __init__(self, images: Tensor, labels: Tensor | None = None, batch_size: int = 50):
-        if len(images) == 0 or (labels is not None and len(images) != len(labels)):
-            given = "none" if labels is None else len(labels)
-            raise DataError(f"A trial needs images, and labels are one for each: given {len(images)} and {given}.")
-        self.labelled = labels is not None
-        self.description = f"{len(images):,} images"
-        self.batch_size = batch_size
-        self.unreadable: list[str] = []
-        self._images = images
-        self._labels = torch.full((len(images),), -1) if labels is None else labels
-
-    def __len__(self) -> int:
-        return len(self._images)
-
-    def batches(self, start: int = 0) -> Iterator[Batch]:
-        for begin in range(start, len(self), self.batch_size):
-            index = torch.arange(begin, min(begin + self.batch_size, len(self)))
-            part = slice(begin, begin + len(index))
-            yield Batch(self._images[part], self._labels[part], index, begin + len(index))
 
 
 class Contender(NamedTuple):
