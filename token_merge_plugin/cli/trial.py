@@ -105,7 +105,9 @@ def _check_outputs(args: argparse.Namespace) -> None:
 
 def _unfinished_log(args: argparse.Namespace) -> Path:
     """Return the file, in this folder, in which the same command finds what it measured before."""
-    settings = {k: str(v) for k, v in vars(args).items() if k not in ("html", "png", "json", "csv", "command_line")}
+    # `run` is a function: as text it has its address, which differs from process to process.
+    others = ("html", "png", "json", "csv", "command_line", "run")
+    settings = {name: str(value) for name, value in vars(args).items() if name not in others}
     return Path(f"token-merge-trial-{sha256(repr(settings).encode()).hexdigest()[:8]}.jsonl")
 
 
