@@ -61,7 +61,8 @@ class Tensors:
         self.batch_size = batch_size
         self.unreadable: list[str] = []
         self._images = images
-        self._labels = torch.full((len(images),), NO_LABEL) if labels is None else labels
+        labels = torch.full((len(images),), NO_LABEL) if labels is None else labels
+        self._labels = labels.to(images.device)
 
     def __len__(self) -> int:
         return len(self._images)
