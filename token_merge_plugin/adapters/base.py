@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from token_merge_plugin.config import MergeConfig, default_stages
 from token_merge_plugin.errors import PatchStateError, UnsupportedModelError
 from token_merge_plugin.method.attention import attention
-from token_merge_plugin.method.merging import restore, take
+from token_merge_plugin.method.merging import join_windows, restore, take, windows
 from token_merge_plugin.method.multiscale import MultiScaleFusion
 from token_merge_plugin.method.reduction import fuse_scales, merge_within, reduce_tokens
 from token_merge_plugin.method.state import Evidence, Merged, Pass, Plan
@@ -231,8 +231,37 @@ class PatchedGridBlock(Patched):
         finally:
             plan.install(outer)
 
-    def zero_padding(self: Any, x: Tensor, real: Tensor) -> Tensor:
-        """Give merged tokens x [W, K, C] zeros where `real` [w, T, 1] is 0; w windows an image divide W."""
+    def update_windows(
+        self,
+        x: Tensor,
+        window_size: tuple[int, int],
+        update: Callable[[Tensor], Tensor],
+        real: Tensor | None = None,
+        apart: Tensor | None = None,
+    ) -> Tensor:
+        """Return x [B, H, W, C] with the updates of its windows, computed for fewer tokens.
+
+        Args:
+            x: grids that the windows fill; see `pad_to_windows`.
+            window_size: (height, width) of a window.
+            update, apart: as in `update_fewer`.
+            real: as from `pad_to_windows`; padding and other tokens are not merged.
+        """
+        if real is not None:
+            mixed = real != real.transpose(1, 2)
+            apart = mixed if apart is None else apart | mixed
+        tokens = self.update_fewer(windows(x, *window_size), window_size, update, apart)
+        return join_windows(tokens, *window_size, (x.shape[1], x.shape[2]))
+
+    def zero_padding(self: Any, x: Tensor, real: Tensor | None) -> Tensor:
+        """Give merged tokens x [W, K, C] the zeros that attention has as padding without merging.
+
+        Args:
+            x: [W, K, C].
+            real: [w, T, 1], 0 at padding, for the w windows of an image, or None: no padding.
+        """
+        if real is None:
+            return x
         merged = self._token_merge.plan.current().merged
         return x * take(real.repeat(len(x) // len(real), 1, 1), merged.representative)
 

@@ -19,7 +19,6 @@ from token_merge_plugin.adapters.base import (
     register_adapter,
 )
 from token_merge_plugin.method.attention import attention
-from token_merge_plugin.method.merging import join_windows, windows
 
 
 class MergingLocalAttention(PatchedAttention):
@@ -61,10 +60,8 @@ class MergingLocalBlock(PatchedGridBlock):
             x = x + self.drop_path1(self.attn(self.norm1(x), size))
             return self.update_fewer(x, size, lambda tokens: self.drop_path2(self.mlp(self.norm2(tokens))))
         batch = len(x)
-        x = self.update_fewer(
-            windows(x.unflatten(1, size), side, side), (side, side), lambda tokens: self.update(tokens, batch)
-        )
-        return join_windows(x, side, side, size).flatten(1, 2)
+        x = self.update_windows(x.unflatten(1, size), (side, side), lambda tokens: self.update(tokens, batch))
+        return x.flatten(1, 2)
 
     def update(self: Any, x: Tensor, batch: int) -> Tensor:
         """Return what attention and MLP add to the tokens of all windows, [W, K, C]."""
