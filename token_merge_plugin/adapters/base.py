@@ -285,6 +285,17 @@ class PatchedAttention(Patched):
         return self.merged_forward(x, *args, **kwargs)
 
 
+class PatchedSelfAttention(PatchedAttention):
+    """Mixin for plain self-attention: one layer for query, key and value, without norms or positions."""
+
+    parts = ("qkv", "attn_drop", "proj", "proj_drop")
+
+    def merged_forward(self: Any, x: Tensor, attn_mask: Tensor | None = None) -> Tensor:
+        query, key, value = self.qkv(x).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        out = attend(self, query, key, value, attn_mask, dropout=self.attn_drop.p)
+        return self.proj_drop(self.proj(out.transpose(1, 2).flatten(2)))
+
+
 def attend(
     module: Any,
     query: Tensor,

@@ -14,22 +14,15 @@ from token_merge_plugin.adapters.base import (
     Patched,
     PatchedAttention,
     PatchedGridBlock,
-    attend,
+    PatchedSelfAttention,
     known_mixin,
     register_adapter,
 )
 from token_merge_plugin.method.attention import attention
 
 
-class MergingLocalAttention(PatchedAttention):
+class MergingLocalAttention(PatchedSelfAttention):
     """timm's `LocallyGroupedAttn`, on windows that are cut already."""
-
-    parts = ("qkv", "attn_drop", "proj", "proj_drop")
-
-    def merged_forward(self: Any, x: Tensor) -> Tensor:
-        query, key, value = self.qkv(x).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        out = attend(self, query, key, value, dropout=self.attn_drop.p)
-        return self.proj_drop(self.proj(out.transpose(1, 2).flatten(2)))
 
 
 class MergingGlobalAttention(PatchedAttention):
