@@ -1,4 +1,4 @@
-"""What adapters are made of: the registry, the `Adapter` base class, and mixins for models, blocks and attention.
+"""What adapters are made of: the `Adapter` base class, and mixins for models, blocks and attention layers.
 
 A module is patched by assigning it a subclass of its own class, made of one of the mixins and that class, and the
 attribute `_token_merge`. Hooks, parameters, `state_dict` keys and the module tree stay as they are, and the model
@@ -8,13 +8,15 @@ compiles, exports and deep-copies like any other. (A wrapt proxy around a block 
 
 from collections.abc import Callable, Iterator, Mapping
 from functools import wraps
-from typing import Any, ClassVar, NamedTuple, TypeAlias, TypeVar
+from typing import Any, ClassVar, NamedTuple, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from timm.models import checkpoint
 from torch import Tensor, nn
 
+from token_merge_plugin.adapters.registry import find_adapter
+from token_merge_plugin.adapters.registry import register_adapter as register_adapter
 from token_merge_plugin.config import MergeConfig, default_stages
 from token_merge_plugin.errors import PatchStateError, UnsupportedModelError
 from token_merge_plugin.method.attention import attention
@@ -472,40 +474,3 @@ def known_mixin(module: nn.Module, known: Known) -> type[Patched]:
         f"{cls.__module__}.{cls.__name__} is no block or attention layer that is known here, or has a forward of its "
         f"own. Known: {names}. Serve it with an adapter of your own: register_adapter."
     )
-
-
-_registry: dict[type[nn.Module], Adapter] = {}
-
-AdapterClass = TypeVar("AdapterClass", bound=type[Adapter])
-
-
-def register_adapter(*model_classes: type[nn.Module]) -> Callable[[AdapterClass], AdapterClass]:
-    """Class decorator: serve these model classes, and their subclasses, with the decorated `Adapter`.
-
-    The nearest registered class in the order of inheritance decides, so a subclass can have its own adapter. A
-    later registration of the same class replaces the earlier one.
-
-    Example:
-        >>> @register_adapter(MyVisionTransformer)
-        ... class MyAdapter(VisionTransformerAdapter):
-        ...     family = "mine"
-    """
-
-    def register(adapter: AdapterClass) -> AdapterClass:
-        _registry.update(dict.fromkeys(model_classes, adapter()))
-        return adapter
-
-    return register
-
-
-def find_adapter(model: nn.Module) -> Adapter | None:
-    """Return the adapter of the model's class, or None."""
-    for cls in type(model).__mro__:
-        if cls in _registry:
-            return _registry[cls]
-    return None
-
-
-def registered_adapters() -> list[Adapter]:
-    """Return every adapter, in the order of registration."""
-    return list(dict.fromkeys(_registry.values()))
