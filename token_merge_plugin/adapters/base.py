@@ -171,7 +171,7 @@ class PatchedBlock(Patched):
                     "them."
                 )
         if keep_grid:
-            x = plan.take_tokens(state, x)
+            x = state.take_tokens(x)
         if plan.checkpointing and torch.is_grad_enabled():
             x, state.merged = checkpoint(self._recompute, x, state.arguments(), *args, **kwargs)
         else:
@@ -317,7 +317,7 @@ def attend(
         module: has `scale` and, as a rule, `fused_attn`, as timm's attention layers do.
         query, key, value: [B, H, P + K, D]; see `attention.attention`.
         attn_mask, is_causal: as the model was given them, for all patches.
-        position_bias: for all patches, added to the logits; see `Plan.position_bias`.
+        position_bias: for all patches, added to the logits; see `method.patches`.
         scale: factor of the logits, if not the module's.
         dropout: probability of dropping an attention weight in training.
         head_weight: [H]; see `importance.query_row_attention`.
@@ -332,7 +332,7 @@ def attend(
     if block in plan.schedule:
         state.evidence.append(Evidence(query, key, value, scale, bias, head_weight))
     if position_bias is not None:
-        position_bias = plan.position_bias(state, position_bias)
+        position_bias = state.position_bias(position_bias)
         bias = position_bias if bias is None else bias + position_bias
     return attention(
         query,

@@ -42,7 +42,7 @@ class MergingGPSA(PatchedAttention):
         value, by_patch = (y.unflatten(2, (self.num_heads, -1)).transpose(1, 2) for y in (value, by_patch))
         gate = torch.sigmoid(self.gating_param)
         content = attend(self, query, key, value, dropout=self.attn_drop.p, head_weight=1 - gate)
-        position = self.attn_drop(plan.positions(state, self.positional_attention(state.num_patches))) @ by_patch
+        position = self.attn_drop(state.positions(self.positional_attention(state.num_patches))) @ by_patch
         gate = gate[:, None, None]
         out = (1 - gate) * content + gate * position
         return self.proj_drop(self.proj(out.transpose(1, 2).flatten(2)))

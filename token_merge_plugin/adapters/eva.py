@@ -22,7 +22,7 @@ class MergingAttentionRope(PatchedAttention):
         query, key = self.q_norm(query), self.k_norm(key)
         if rope is not None:
             plan = self._token_merge.plan
-            rope = plan.positions(plan.current(), rope)
+            rope = plan.current().positions(rope)
             prefix, half = self.num_prefix_tokens, getattr(self, "rotate_half", False)
             query, key = (
                 torch.cat((y[:, :, :prefix], apply_rot_embed_cat(y[:, :, prefix:], rope, half=half)), dim=2).type_as(

@@ -30,7 +30,7 @@ class MergingSamAttention(PatchedAttention):
         if self.use_rel_pos:
             bias = self.position_bias(query, state.grid_size, state.merged.representative)
         elif self.rope is not None:
-            rope = plan.positions(state, self.rope.get_embed())
+            rope = state.positions(self.rope.get_embed())
             query = apply_rot_embed_cat(query, rope).type_as(value)
             key = apply_rot_embed_cat(key, rope).type_as(value)
         out = attention(
