@@ -68,3 +68,7 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     trial = importlib.import_module(f"{__name__}.trial")
     return trial if name == "trial" else trial.calibrate
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
