@@ -46,9 +46,9 @@ from token_merge_plugin.method.merging import assign, cosine_similarity, match, 
 from token_merge_plugin.method.multiscale import fuse
 from token_merge_plugin.method.reduction import SAMPLED_QUERIES, Reduced, Stage
 from token_merge_plugin.patching import stage_choices
+from token_merge_plugin.trial.accuracy import paired_interval
 from token_merge_plugin.trial.counting import count_macs, equal_compute
 from token_merge_plugin.trial.measuring import keep_freed_memory, plan
-from token_merge_plugin.trial.run import paired_interval
 
 TensorOf = Callable[[Stage], Tensor]
 CALIBRATION_IMAGES = 300

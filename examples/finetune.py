@@ -70,18 +70,11 @@ from token_merge_plugin.adapters import find_adapter
 from token_merge_plugin.config import KeepRate
 from token_merge_plugin.errors import ConfigError, DataError, TokenMergeError
 from token_merge_plugin.models.lvvit import mix_by_box
-from token_merge_plugin.trial.data import (
-    DEFAULT_WORKERS,
-    Batch,
-    Data,
-    FashionMnist,
-    data_config,
-    has_idx_files,
-    load_model,
-    open_data,
-)
+from token_merge_plugin.trial.accuracy import paired_interval
+from token_merge_plugin.trial.data import DEFAULT_WORKERS, Data, FashionMnist, has_idx_files, open_data
+from token_merge_plugin.trial.images import Batch
 from token_merge_plugin.trial.measuring import keep_freed_memory
-from token_merge_plugin.trial.run import paired_interval
+from token_merge_plugin.trial.models import data_config, load_model
 
 # At 1.0 a stage would not exist: its learned fusion would go, and a sharded model cannot be given other stages.
 LARGEST_RATE = 0.999

@@ -26,7 +26,7 @@ from token_merge_plugin import (
     remove,
     supported_models,
 )
-from token_merge_plugin.adapters import base, vit
+from token_merge_plugin.adapters import registry, vit
 from token_merge_plugin.trial.counting import count_macs
 
 
@@ -327,9 +327,9 @@ def test_an_adapter_from_outside_the_package_serves_a_class_that_nobody_here_kno
         compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
         torch.testing.assert_close(compiled(x), model(x))
         assert torch.equal(remove(model)(x), expected)
-        assert "Custom ViT" in [adapter.family for adapter in base.registered_adapters()]
+        assert "Custom ViT" in [adapter.family for adapter in registry.registered_adapters()]
     finally:
-        del base._registry[CustomViT]
+        del registry._registry[CustomViT]
     code = Path(custom_adapter.__file__).read_text()
     assert len(code.splitlines()) < 40
     assert code in README.read_text()
@@ -344,10 +344,10 @@ def test_the_nearest_registered_class_decides():
         family = "mine"
 
     try:
-        assert isinstance(base.find_adapter(Mine(depth=1, embed_dim=8, num_heads=1)), MineAdapter)
-        assert not isinstance(base.find_adapter(make()), MineAdapter)
+        assert isinstance(registry.find_adapter(Mine(depth=1, embed_dim=8, num_heads=1)), MineAdapter)
+        assert not isinstance(registry.find_adapter(make()), MineAdapter)
     finally:
-        del base._registry[Mine]
+        del registry._registry[Mine]
 
 
 def test_every_error_of_the_package_has_the_common_base():

@@ -9,6 +9,7 @@ After Bian et al., "Multi-Scale And Token Mergence: Make Your ViT More Efficient
 """
 
 import importlib
+import sys
 from typing import TYPE_CHECKING, Any
 
 import timm
@@ -33,6 +34,10 @@ if TYPE_CHECKING:
 # Registers LV-ViT with timm, unless another package has: its models are served as well.
 if not timm.is_model("lvvit_s"):
     import token_merge_plugin.models  # noqa: F401
+
+# Pickles of models patched by version 0.1.0 name these modules by where they were then.
+for _name in ("state", "multiscale"):
+    sys.modules[f"{__name__}.{_name}"] = importlib.import_module(f"{__name__}.method.{_name}")
 
 __version__ = "0.1.0"
 
@@ -63,3 +68,7 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     trial = importlib.import_module(f"{__name__}.trial")
     return trial if name == "trial" else trial.calibrate
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,4 +1,9 @@
-"""Errors of this package: one base class, so that `except TokenMergeError` catches every one of them."""
+"""Errors of this package: one base class, so that `except TokenMergeError` catches every one of them.
+
+Also how the errors of other libraries, and long lists, are put into a message of ours.
+"""
+
+from collections.abc import Sequence
 
 
 class TokenMergeError(Exception):
@@ -23,3 +28,13 @@ class DataError(TokenMergeError, ValueError):
 
 class MissingExtraError(TokenMergeError, ImportError):
     """A package is needed that is not installed by default; the message names the extra that brings it."""
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of an error's message; its class where there is none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def first_few(names: Sequence[str], few: int = 3) -> str:
+    """Return the first names, with commas between them, and how many more there are."""
+    return ", ".join(names[:few]) + (f" and {len(names) - few} more" if len(names) > few else "")

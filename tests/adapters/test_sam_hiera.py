@@ -35,7 +35,7 @@ def test_sam_position_bias_is_that_of_the_representatives():
         bias = sam.get_decomposed_rel_pos_bias(
             query.flatten(0, 1), module.rel_pos_h, module.rel_pos_w, (10, 10), (10, 10)
         )
-        expected = module._token_merge.plan.position_bias(state, bias.unflatten(0, (2, -1)))
+        expected = state.position_bias(bias.unflatten(0, (2, -1)))
         torch.testing.assert_close(module.position_bias(taken, state.grid_size, position), expected)
         seen.append(position.shape)
 

@@ -10,7 +10,8 @@ from PIL import Image
 
 import token_merge_plugin
 from token_merge_plugin.cli import main
-from token_merge_plugin.trial.data import data_config, load_model, open_data
+from token_merge_plugin.trial.data import open_data
+from token_merge_plugin.trial.models import data_config, load_model
 from token_merge_plugin.trial.results import from_json
 
 
@@ -36,9 +37,9 @@ def photos(tmp_path):
 
 def fast(monkeypatch):
     """Time a single round of three passes."""
-    timed = token_merge_plugin.trial.run.time_in_turns
+    timed = token_merge_plugin.trial.speed.time_in_turns
     monkeypatch.setattr(
-        "token_merge_plugin.trial.run.time_in_turns",
+        "token_merge_plugin.trial.speed.time_in_turns",
         lambda model, configs, images, **_: timed(model, configs, images, rounds=1, seconds=0),
     )
 
@@ -102,7 +103,7 @@ def test_a_trial_without_labels_goes_by_agreement(photos, tmp_path, monkeypatch,
 def test_ctrl_c_ends_a_trial_with_130_and_the_same_command_goes_on(tmp_path, monkeypatch, capsys):
     fast(monkeypatch)
     monkeypatch.chdir(tmp_path)
-    compare, calls = token_merge_plugin.trial.run.compare, []
+    compare, calls = token_merge_plugin.trial.accuracy.compare, []
 
     def interrupted(*args, **kwargs):
         calls.append(1)
@@ -110,7 +111,7 @@ def test_ctrl_c_ends_a_trial_with_130_and_the_same_command_goes_on(tmp_path, mon
             raise KeyboardInterrupt
         return compare(*args, **kwargs)
 
-    monkeypatch.setattr("token_merge_plugin.trial.run.compare", interrupted)
+    monkeypatch.setattr("token_merge_plugin.trial.accuracy.compare", interrupted)
     arguments = ["trial", "-q", "--keep-rates", "0.7", "--num-images", "100", "--batch-size", "20", "--json", "r.json"]
     assert main([*arguments, "--workers", "0"]) == 130
     output, errors = capsys.readouterr()

@@ -17,7 +17,7 @@ from train_reference import create_model
 from token_merge_plugin import MergeConfig, apply
 from token_merge_plugin.builtin import create_reference_model, load_images, load_pixels
 from token_merge_plugin.models.lvvit import random_box, token_labeling_loss
-from token_merge_plugin.trial.data import load_model
+from token_merge_plugin.trial.models import load_model
 
 # Plain gradient steps where numbers of processes are compared: Adam would blow rounding up to whole steps, in weights
 # whose gradient is zero but for it.

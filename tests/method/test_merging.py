@@ -18,6 +18,7 @@ from token_merge_plugin.method.merging import (
     match,
     merge,
     more_important,
+    pad_to_windows,
     restore,
     split,
     windows,
@@ -292,6 +293,23 @@ def test_windows_are_cut_row_by_row_and_joined_again(batch, rows, columns, heigh
                 window = grid[b, i * height : (i + 1) * height, j * width : (j + 1) * width]
                 assert torch.equal(cut[(b * rows + i) * columns + j], window.reshape(-1, 2))
     assert torch.equal(join_windows(cut, height, width, (rows * height, columns * width)), grid)
+
+
+@given(st.integers(1, 9), st.integers(1, 9), st.integers(1, 4), st.integers(1, 4))
+def test_grids_are_padded_with_equal_values_until_windows_fill_them(rows, columns, height, width):
+    grid = torch.randn(2, rows, columns, 3)
+    padded, real = pad_to_windows(grid, height, width)
+    more = (padded.shape[1] - rows, padded.shape[2] - columns)
+    assert 0 <= more[0] < height
+    assert 0 <= more[1] < width
+    assert torch.equal(padded[:, :rows, :columns], grid)
+    if more == (0, 0):
+        assert real is None
+        return
+    is_real = join_windows(real, height, width, padded.shape[1:3])[0, :, :, 0] == 1
+    assert is_real.sum() == rows * columns
+    assert is_real[:rows, :columns].all()
+    assert len(padded[:, ~is_real].flatten().unique()) == 1
 
 
 @given(

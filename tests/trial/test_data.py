@@ -18,7 +18,8 @@ from timm.models import save_for_hf
 from token_merge_plugin import ConfigError, DataError
 from token_merge_plugin.builtin import create_reference_model, load_images
 from token_merge_plugin.errors import MissingExtraError
-from token_merge_plugin.trial.data import data_config, load_model, open_data
+from token_merge_plugin.trial.data import open_data
+from token_merge_plugin.trial.models import data_config, load_model
 
 
 def encoded(image, kind="PNG"):

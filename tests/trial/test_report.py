@@ -17,17 +17,10 @@ from token_merge_plugin import DataError, TokenMergeError
 from token_merge_plugin.config import METHODS
 from token_merge_plugin.errors import MissingExtraError
 from token_merge_plugin.trial.drawing import Picture, StagePicture, draw_stage
+from token_merge_plugin.trial.judging import best_row, verdict
 from token_merge_plugin.trial.report import SERIES, image_uri, require_charts, write_html, write_png
-from token_merge_plugin.trial.results import (
-    TrialResult,
-    TrialRow,
-    best_row,
-    format_table,
-    from_json,
-    to_csv,
-    to_json,
-    verdict,
-)
+from token_merge_plugin.trial.results import TrialResult, TrialRow, from_json, to_csv, to_json
+from token_merge_plugin.trial.table import format_table
 
 UNPATCHED = TrialRow(
     method="unpatched",

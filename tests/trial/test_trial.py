@@ -16,9 +16,11 @@ from hypothesis import strategies as st
 
 from token_merge_plugin import ConfigError, DataError, MergeConfig, UnsupportedModelError, apply, remove
 from token_merge_plugin.builtin import CLASSES, FOLDER, create_reference_model, load_images, read_idx
+from token_merge_plugin.trial.accuracy import compare, paired_interval
 from token_merge_plugin.trial.counting import count_macs, equal_compute
+from token_merge_plugin.trial.images import Tensors
 from token_merge_plugin.trial.measuring import keep_freed_memory, peak_memory, time_in_turns
-from token_merge_plugin.trial.run import Tensors, compare, evaluate, paired_interval, run_trial
+from token_merge_plugin.trial.run import evaluate, run_trial
 from token_merge_plugin.trial.tracing import trace
 
 METHODS = ("merge", "tome", "evit", "prune", "random")
@@ -234,7 +236,7 @@ def test_ctrl_c_keeps_what_is_done_and_the_next_run_goes_on_there(tmp_path):
         raise AssertionError("Speeds are in the log already.")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("token_merge_plugin.trial.run.time_in_turns", no_timing)
+        patch.setattr("token_merge_plugin.trial.speed.time_in_turns", no_timing)
         # Only what is left is read: the first batch, for its shape, and the last two.
         resumed = run_trial(model, Interrupted(images, labels, 3, after=2), (0.7, 0.5), log=log, **FAST)
     assert resumed.images == resumed.total_images == 10
@@ -252,7 +254,7 @@ def test_ctrl_c_while_speed_is_measured_leaves_what_is_known(monkeypatch):
         done.append(1)
         return time_in_turns(model, configs, images, **kwargs)
 
-    monkeypatch.setattr("token_merge_plugin.trial.run.time_in_turns", timed)
+    monkeypatch.setattr("token_merge_plugin.trial.speed.time_in_turns", timed)
     result = run_trial(make(), tensors(), (0.7, 0.5), **FAST)
     assert result.images == 0 < result.total_images
     assert [row.speed_up is None for row in result.rows] == [False, False, True]

@@ -4,12 +4,8 @@ import importlib
 
 import wrapt
 
-from token_merge_plugin.adapters.base import (
-    Adapter,
-    find_adapter,
-    register_adapter,
-    registered_adapters,
-)
+from token_merge_plugin.adapters.base import Adapter
+from token_merge_plugin.adapters.registry import find_adapter, register_adapter, registered_adapters
 
 # {module that defines the family: module of its adapter}. By import hooks, so that a family that an older timm lacks
 # is simply not there, and one of another package is served without importing that package here.

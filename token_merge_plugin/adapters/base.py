@@ -1,4 +1,4 @@
-"""What adapters are made of: the registry, the `Adapter` base class, and mixins for models, blocks and attention.
+"""What adapters are made of: the `Adapter` base class, and mixins for models, blocks and attention layers.
 
 A module is patched by assigning it a subclass of its own class, made of one of the mixins and that class, and the
 attribute `_token_merge`. Hooks, parameters, `state_dict` keys and the module tree stay as they are, and the model
@@ -8,17 +8,19 @@ compiles, exports and deep-copies like any other. (A wrapt proxy around a block 
 
 from collections.abc import Callable, Iterator, Mapping
 from functools import wraps
-from typing import Any, ClassVar, NamedTuple, TypeAlias, TypeVar
+from typing import Any, ClassVar, NamedTuple, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from timm.models import checkpoint
 from torch import Tensor, nn
 
+from token_merge_plugin.adapters.registry import find_adapter
+from token_merge_plugin.adapters.registry import register_adapter as register_adapter
 from token_merge_plugin.config import MergeConfig, default_stages
 from token_merge_plugin.errors import PatchStateError, UnsupportedModelError
 from token_merge_plugin.method.attention import attention
-from token_merge_plugin.method.merging import restore, take
+from token_merge_plugin.method.merging import join_windows, restore, take, windows
 from token_merge_plugin.method.multiscale import MultiScaleFusion
 from token_merge_plugin.method.reduction import fuse_scales, merge_within, reduce_tokens
 from token_merge_plugin.method.state import Evidence, Merged, Pass, Plan
@@ -169,7 +171,7 @@ class PatchedBlock(Patched):
                     "them."
                 )
         if keep_grid:
-            x = plan.take_tokens(state, x)
+            x = state.take_tokens(x)
         if plan.checkpointing and torch.is_grad_enabled():
             x, state.merged = checkpoint(self._recompute, x, state.arguments(), *args, **kwargs)
         else:
@@ -231,8 +233,37 @@ class PatchedGridBlock(Patched):
         finally:
             plan.install(outer)
 
-    def zero_padding(self: Any, x: Tensor, real: Tensor) -> Tensor:
-        """Give merged tokens x [W, K, C] zeros where `real` [w, T, 1] is 0; w windows an image divide W."""
+    def update_windows(
+        self,
+        x: Tensor,
+        window_size: tuple[int, int],
+        update: Callable[[Tensor], Tensor],
+        real: Tensor | None = None,
+        apart: Tensor | None = None,
+    ) -> Tensor:
+        """Return x [B, H, W, C] with the updates of its windows, computed for fewer tokens.
+
+        Args:
+            x: grids that the windows fill; see `pad_to_windows`.
+            window_size: (height, width) of a window.
+            update, apart: as in `update_fewer`.
+            real: as from `pad_to_windows`; padding and other tokens are not merged.
+        """
+        if real is not None:
+            mixed = real != real.transpose(1, 2)
+            apart = mixed if apart is None else apart | mixed
+        tokens = self.update_fewer(windows(x, *window_size), window_size, update, apart)
+        return join_windows(tokens, *window_size, (x.shape[1], x.shape[2]))
+
+    def zero_padding(self: Any, x: Tensor, real: Tensor | None) -> Tensor:
+        """Give merged tokens x [W, K, C] the zeros that attention has as padding without merging.
+
+        Args:
+            x: [W, K, C].
+            real: [w, T, 1], 0 at padding, for the w windows of an image, or None: no padding.
+        """
+        if real is None:
+            return x
         merged = self._token_merge.plan.current().merged
         return x * take(real.repeat(len(x) // len(real), 1, 1), merged.representative)
 
@@ -256,6 +287,17 @@ class PatchedAttention(Patched):
         return self.merged_forward(x, *args, **kwargs)
 
 
+class PatchedSelfAttention(PatchedAttention):
+    """Mixin for plain self-attention: one layer for query, key and value, without norms or positions."""
+
+    parts = ("qkv", "attn_drop", "proj", "proj_drop")
+
+    def merged_forward(self: Any, x: Tensor, attn_mask: Tensor | None = None) -> Tensor:
+        query, key, value = self.qkv(x).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        out = attend(self, query, key, value, attn_mask, dropout=self.attn_drop.p)
+        return self.proj_drop(self.proj(out.transpose(1, 2).flatten(2)))
+
+
 def attend(
     module: Any,
     query: Tensor,
@@ -275,7 +317,7 @@ def attend(
         module: has `scale` and, as a rule, `fused_attn`, as timm's attention layers do.
         query, key, value: [B, H, P + K, D]; see `attention.attention`.
         attn_mask, is_causal: as the model was given them, for all patches.
-        position_bias: for all patches, added to the logits; see `Plan.position_bias`.
+        position_bias: for all patches, added to the logits; see `method.patches`.
         scale: factor of the logits, if not the module's.
         dropout: probability of dropping an attention weight in training.
         head_weight: [H]; see `importance.query_row_attention`.
@@ -290,7 +332,7 @@ def attend(
     if block in plan.schedule:
         state.evidence.append(Evidence(query, key, value, scale, bias, head_weight))
     if position_bias is not None:
-        position_bias = plan.position_bias(state, position_bias)
+        position_bias = state.position_bias(position_bias)
         bias = position_bias if bias is None else bias + position_bias
     return attention(
         query,
@@ -432,40 +474,3 @@ def known_mixin(module: nn.Module, known: Known) -> type[Patched]:
         f"{cls.__module__}.{cls.__name__} is no block or attention layer that is known here, or has a forward of its "
         f"own. Known: {names}. Serve it with an adapter of your own: register_adapter."
     )
-
-
-_registry: dict[type[nn.Module], Adapter] = {}
-
-AdapterClass = TypeVar("AdapterClass", bound=type[Adapter])
-
-
-def register_adapter(*model_classes: type[nn.Module]) -> Callable[[AdapterClass], AdapterClass]:
-    """Class decorator: serve these model classes, and their subclasses, with the decorated `Adapter`.
-
-    The nearest registered class in the order of inheritance decides, so a subclass can have its own adapter. A
-    later registration of the same class replaces the earlier one.
-
-    Example:
-        >>> @register_adapter(MyVisionTransformer)
-        ... class MyAdapter(VisionTransformerAdapter):
-        ...     family = "mine"
-    """
-
-    def register(adapter: AdapterClass) -> AdapterClass:
-        _registry.update(dict.fromkeys(model_classes, adapter()))
-        return adapter
-
-    return register
-
-
-def find_adapter(model: nn.Module) -> Adapter | None:
-    """Return the adapter of the model's class, or None."""
-    for cls in type(model).__mro__:
-        if cls in _registry:
-            return _registry[cls]
-    return None
-
-
-def registered_adapters() -> list[Adapter]:
-    """Return every adapter, in the order of registration."""
-    return list(dict.fromkeys(_registry.values()))

@@ -11,7 +11,14 @@ import timm.models.convit as convit
 import torch
 from torch import Tensor
 
-from token_merge_plugin.adapters.base import Adapter, PatchedAttention, PatchedBlock, attend, register_adapter
+from token_merge_plugin.adapters.base import (
+    Adapter,
+    PatchedAttention,
+    PatchedBlock,
+    PatchedSelfAttention,
+    attend,
+    register_adapter,
+)
 
 
 class MergingGPSA(PatchedAttention):
@@ -35,7 +42,7 @@ class MergingGPSA(PatchedAttention):
         value, by_patch = (y.unflatten(2, (self.num_heads, -1)).transpose(1, 2) for y in (value, by_patch))
         gate = torch.sigmoid(self.gating_param)
         content = attend(self, query, key, value, dropout=self.attn_drop.p, head_weight=1 - gate)
-        position = self.attn_drop(plan.positions(state, self.positional_attention(state.num_patches))) @ by_patch
+        position = self.attn_drop(state.positions(self.positional_attention(state.num_patches))) @ by_patch
         gate = gate[:, None, None]
         out = (1 - gate) * content + gate * position
         return self.proj_drop(self.proj(out.transpose(1, 2).flatten(2)))
@@ -47,16 +54,10 @@ class MergingGPSA(PatchedAttention):
         return self.pos_proj(self.rel_indices[0]).permute(2, 0, 1).softmax(dim=-1)
 
 
-class MergingMHSA(PatchedAttention):
-    """ConViT's `MHSA`."""
+class MergingMHSA(PatchedSelfAttention):
+    """ConViT's `MHSA`. It is not fused; on merged tokens it is."""
 
-    parts = ("qkv", "attn_drop", "proj", "proj_drop")
     fused_attn = True
-
-    def merged_forward(self: Any, x: Tensor) -> Tensor:
-        qkv = self.qkv(x).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        out = attend(self, *qkv.unbind(0), dropout=self.attn_drop.p)
-        return self.proj_drop(self.proj(out.transpose(1, 2).flatten(2)))
 
 
 class MergingConvitBlock(PatchedBlock):

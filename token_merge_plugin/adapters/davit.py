@@ -4,15 +4,13 @@ The convolutions need the full grid, and cost little. Tokens are merged for the 
 by cell, and once more for the MLP.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import timm.models.davit as davit
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from token_merge_plugin.adapters.base import GridAdapter, PatchedAttention, PatchedGridBlock, attend, register_adapter
-from token_merge_plugin.method.merging import join_windows, windows
+from token_merge_plugin.method.merging import pad_to_windows
 
 
 class MergingDavitWindowAttention(PatchedAttention):
@@ -66,16 +64,13 @@ class MergingChannelBlock(PatchedGridBlock):
         x = self.cpe2(x.permute(0, 3, 1, 2))
         if self.mlp is None:
             return x
-        x = self.on_fewer(x.permute(0, 2, 3, 1), lambda x: self.drop_path2(self.mlp(self.norm2(x))))
+        x = x.permute(0, 2, 3, 1)
+        x = self.update_windows(x, x.shape[1:3], lambda x: self.drop_path2(self.mlp(self.norm2(x))))
         return x.permute(0, 3, 1, 2)
 
     def attention(self: Any, x: Tensor) -> Tensor:
         """Return x [B, H, W, C] with the update of the attention."""
-        return self.on_fewer(x, lambda x: self.drop_path1(self.attn(self.norm1(x))))
-
-    def on_fewer(self: Any, x: Tensor, update: Callable[[Tensor], Tensor]) -> Tensor:
-        """Call `update_fewer` with the whole grid, [B, H, W, C]."""
-        return self.update_fewer(x.flatten(1, 2), x.shape[1:3], update).unflatten(1, x.shape[1:3])
+        return self.update_windows(x, x.shape[1:3], lambda x: self.drop_path1(self.attn(self.norm1(x))))
 
 
 class MergingSpatialBlock(MergingChannelBlock):
@@ -83,25 +78,13 @@ class MergingSpatialBlock(MergingChannelBlock):
 
     def attention(self: Any, x: Tensor) -> Tensor:
         batch, height, width, _ = x.shape
-        rows, columns = self.window_size
-        padding = (0, 0, 0, -width % columns, 0, -height % rows)
-        real = apart = None
-        if any(padding):
-            # Equal values, so that padding is merged into padding; attention is given zeros, as without merging.
-            real = windows(F.pad(x.new_ones(1, height, width, 1), padding), rows, columns)  # [w, T, 1]
-            apart = real != real.transpose(1, 2)
-            x = F.pad(x, padding, value=1.0)
-        tokens = self.update_fewer(
-            windows(x, rows, columns), (rows, columns), lambda tokens: self.attend(tokens, batch, real), apart
-        )
-        return join_windows(tokens, rows, columns, (x.shape[1], x.shape[2]))[:, :height, :width]
+        x, real = pad_to_windows(x, *self.window_size)
+        x = self.update_windows(x, self.window_size, lambda tokens: self.attend(tokens, batch, real), real)
+        return x[:, :height, :width]
 
     def attend(self: Any, x: Tensor, batch: int, real: Tensor | None) -> Tensor:
         """Return what attention adds to the tokens of all windows, [W, K, C]."""
-        x = self.norm1(x)
-        if real is not None:
-            x = self.zero_padding(x, real)
-        return self.per_image(self.drop_path1, self.attn(x), batch)
+        return self.per_image(self.drop_path1, self.attn(self.zero_padding(self.norm1(x), real)), batch)
 
 
 @register_adapter(davit.DaVit)

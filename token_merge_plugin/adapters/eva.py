@@ -9,7 +9,7 @@ from timm.layers import AttentionRope, apply_rot_embed_cat
 from torch import Tensor
 
 from token_merge_plugin.adapters.base import PatchedAttention, PatchedBlock, attend, project_qkv, register_adapter
-from token_merge_plugin.adapters.vit import VisionTransformerAdapter
+from token_merge_plugin.adapters.vit import MergingResPostBlock, VisionTransformerAdapter
 
 
 class MergingAttentionRope(PatchedAttention):
@@ -22,7 +22,7 @@ class MergingAttentionRope(PatchedAttention):
         query, key = self.q_norm(query), self.k_norm(key)
         if rope is not None:
             plan = self._token_merge.plan
-            rope = plan.positions(plan.current(), rope)
+            rope = plan.current().positions(rope)
             prefix, half = self.num_prefix_tokens, getattr(self, "rotate_half", False)
             query, key = (
                 torch.cat((y[:, :, :prefix], apply_rot_embed_cat(y[:, :, prefix:], rope, half=half)), dim=2).type_as(
@@ -58,14 +58,8 @@ class MergingEvaBlock(PatchedBlock):
         return x + self.drop_path2(update if self.gamma_2 is None else self.gamma_2 * update)
 
 
-class MergingEvaBlockPostNorm(PatchedBlock):
+class MergingEvaBlockPostNorm(MergingResPostBlock):
     """timm's `EvaBlockPostNorm`."""
-
-    parts = MergingEvaBlock.parts
-
-    def stage_forward(self: Any, x: Tensor, reduce: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> Tensor:
-        x = reduce(x + self.drop_path1(self.norm1(self.attn(x, *args, **kwargs))))
-        return x + self.drop_path2(self.norm2(self.mlp(x)))
 
 
 @register_adapter(eva.Eva)

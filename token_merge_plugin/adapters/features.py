@@ -9,13 +9,8 @@ from typing import Any
 from timm.models._features import FeatureDictNet, FeatureHookNet
 from torch import nn
 
-from token_merge_plugin.adapters.base import (
-    GridAdapter,
-    Patched,
-    find_adapter,
-    register_adapter,
-    registered_adapters,
-)
+from token_merge_plugin.adapters.base import GridAdapter, Patched
+from token_merge_plugin.adapters.registry import find_adapter, register_adapter, registered_adapters
 from token_merge_plugin.errors import UnsupportedModelError
 
 

@@ -9,7 +9,7 @@ import timm.models.gcvit as gcvit
 from torch import Tensor, nn
 
 from token_merge_plugin.adapters.base import GridAdapter, PatchedAttention, PatchedGridBlock, attend, register_adapter
-from token_merge_plugin.method.merging import join_windows, take, windows
+from token_merge_plugin.method.merging import take
 
 
 class MergingGlobalAttention(PatchedAttention):
@@ -37,11 +37,8 @@ class MergingGlobalContextBlock(PatchedGridBlock):
     parts = ("norm1", "attn", "ls1", "drop_path1", "norm2", "mlp", "ls2", "drop_path2")
 
     def forward(self: Any, x: Tensor, q_global: Tensor | None = None) -> Tensor:
-        batch, height, width, _ = x.shape
-        rows, columns = self.window_size
-        tokens = windows(x, rows, columns)
-        tokens = self.update_fewer(tokens, (rows, columns), lambda tokens: self.update(tokens, batch, q_global))
-        return join_windows(tokens, rows, columns, (height, width))
+        batch = len(x)
+        return self.update_windows(x, self.window_size, lambda tokens: self.update(tokens, batch, q_global))
 
     def update(self: Any, x: Tensor, batch: int, q_global: Tensor | None) -> Tensor:
         """Return what attention and MLP add to the tokens of all windows, [W, K, C]."""

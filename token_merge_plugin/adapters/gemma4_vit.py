@@ -27,7 +27,7 @@ class MergingGemma4Attention(PatchedAttention):
     ) -> Tensor:
         plan = self._token_merge.plan
         state = plan.current()
-        rope = [plan.positions(state, y.unsqueeze(1)).squeeze(1) for y in (rope_cos, rope_sin)]  # [B, K, D] each
+        rope = [state.positions(y.unsqueeze(1)).squeeze(1) for y in (rope_cos, rope_sin)]  # [B, K, D] each
         query, key, value = (
             y.unflatten(2, (-1, self.head_dim)) for y in (self.q_proj(x), self.k_proj(x), self.v_proj(x))
         )

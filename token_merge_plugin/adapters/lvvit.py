@@ -18,26 +18,21 @@ from torch import Tensor
 from token_merge_plugin.adapters.base import (
     Adapter,
     Known,
-    PatchedAttention,
     PatchedBlock,
     PatchedModel,
-    attend,
+    PatchedSelfAttention,
     register_adapter,
 )
 from token_merge_plugin.adapters.vit import MergingAttention
 
 
-class MergingOriginalAttention(PatchedAttention):
+class MergingOriginalAttention(PatchedSelfAttention):
     """`Attention` of the TokenLabeling package, which is not fused; on merged tokens it is."""
 
-    parts = ("qkv", "attn_drop", "proj", "proj_drop")
     fused_attn = True
 
-    def merged_forward(self: Any, x: Tensor, padding_mask: Tensor | None = None) -> Tensor:
-        query, key, value = self.qkv(x).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-        visible = None if padding_mask is None else ~padding_mask.bool()[:, None, None, :]
-        out = attend(self, query, key, value, visible, dropout=self.attn_drop.p)
-        return self.proj_drop(self.proj(out.transpose(1, 2).flatten(2)))
+    def merged_forward(self, x: Tensor, padding_mask: Tensor | None = None) -> Tensor:
+        return super().merged_forward(x, None if padding_mask is None else ~padding_mask.bool()[:, None, None, :])
 
 
 class MergingLVViTBlock(PatchedBlock):

@@ -114,8 +114,7 @@ class MergingParallelBlock(MergingBlock):
             attended = torch.cat((self.attn_block(self.norm1(x)), self.merged_alike(in_groups)), dim=2)
             return self.update(x, attended, batch)
 
-        tokens = self.update_fewer(maxxvit.window_partition(x, size).flatten(1, 2), size, update)
-        return maxxvit.window_reverse(tokens, size, (height, width))
+        return self.update_windows(x, size, update)
 
 
 class MergingTransformerBlock2d(MergingBlock):

@@ -8,12 +8,12 @@ from typing import Any
 
 import timm.models.vision_transformer_sam as sam
 import torch
-import torch.nn.functional as F
 from timm.layers import apply_rot_embed_cat
 from torch import Tensor
 
 from token_merge_plugin.adapters.base import GridAdapter, PatchedAttention, PatchedGridBlock, register_adapter
 from token_merge_plugin.method.attention import attention
+from token_merge_plugin.method.merging import pad_to_windows
 
 
 class MergingSamAttention(PatchedAttention):
@@ -30,7 +30,7 @@ class MergingSamAttention(PatchedAttention):
         if self.use_rel_pos:
             bias = self.position_bias(query, state.grid_size, state.merged.representative)
         elif self.rope is not None:
-            rope = plan.positions(state, self.rope.get_embed())
+            rope = state.positions(self.rope.get_embed())
             query = apply_rot_embed_cat(query, rope).type_as(value)
             key = apply_rot_embed_cat(key, rope).type_as(value)
         out = attention(
@@ -79,29 +79,12 @@ class MergingSamBlock(PatchedGridBlock):
     def forward(self: Any, x: Tensor) -> Tensor:
         batch, height, width, _ = x.shape
         grid_size, side = (height, width), self.window_size
-        if side and not height % side and not width % side:
-            windows = sam.window_partition(x, side)[0].flatten(1, 2)
-            windows = self.update_fewer(windows, (side, side), lambda tokens: self.update(tokens, batch))
-            return sam.window_unpartition(windows, side, grid_size)
-        update = self.update
-        if side:
-            x, update = self.attend_padded(x), self.feed
-        return self.update_fewer(x.flatten(1, 2), grid_size, lambda tokens: update(tokens, batch)).view_as(x)
-
-    def attend_padded(self: Any, x: Tensor) -> Tensor:
-        """Return x [B, H, W, C] with the update of the attention, window by window."""
-        _, height, width, _ = x.shape
-        side = self.window_size
-        # Equal values, so that padding is merged into padding; attention is given zeros, as it is without merging.
-        real = sam.window_partition(x.new_ones(1, height, width, 1), side)[0].flatten(1, 2)  # [w, T, 1]
-        x = F.pad(x, (0, 0, 0, -width % side, 0, -height % side), value=1.0)
-        windows = self.update_fewer(
-            sam.window_partition(x, side)[0].flatten(1, 2),
-            (side, side),
-            lambda tokens: self.attend(tokens, real),
-            real != real.transpose(1, 2),
-        )
-        return sam.window_unpartition(windows, side, (height, width), (x.shape[1], x.shape[2]))
+        window_size = (side, side) if side else grid_size
+        x, real = pad_to_windows(x, *window_size)
+        if real is None:
+            return self.update_windows(x, window_size, lambda tokens: self.update(tokens, batch))
+        x = self.update_windows(x, window_size, lambda tokens: self.attend(tokens, real), real)[:, :height, :width]
+        return self.update_windows(x, grid_size, lambda tokens: self.feed(tokens, batch))
 
     def update(self: Any, x: Tensor, batch: int) -> Tensor:
         """Return what attention and MLP add to the tokens of all windows, [W, K, C]."""
@@ -110,10 +93,7 @@ class MergingSamBlock(PatchedGridBlock):
 
     def attend(self: Any, x: Tensor, real: Tensor | None = None) -> Tensor:
         """Return what attention adds, to zeros where there is padding."""
-        x = self.norm1(x)
-        if real is not None:
-            x = self.zero_padding(x, real)
-        return self.drop_path1(self.ls1(self.attn(x)))
+        return self.drop_path1(self.ls1(self.attn(self.zero_padding(self.norm1(x), real))))
 
     def feed(self: Any, x: Tensor, batch: int) -> Tensor:
         """Return what the MLP adds. Unlike attention's, its path is dropped for whole images, not for windows."""

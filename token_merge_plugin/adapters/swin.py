@@ -20,7 +20,7 @@ from token_merge_plugin.adapters.base import (
     project_qkv,
     register_adapter,
 )
-from token_merge_plugin.method.merging import join_windows, windows
+from token_merge_plugin.method.merging import pad_to_windows
 
 
 class MergingWindowAttention(PatchedAttention):
@@ -88,25 +88,16 @@ class MergingSwinBlock(PatchedGridBlock):
 
     def forward(self: Any, x: Tensor) -> Tensor:
         batch, height, width, _ = x.shape
-        rows, columns = self.window_size
         down, right = self.shift_size
-        padding = (0, 0, 0, -width % columns, 0, -height % rows)
         if down or right:
             x = x.roll((-down, -right), (1, 2))
-        real = None
-        if any(padding):
-            # Equal values, so that padding is merged into padding; attention is given zeros, as it is without merging.
-            real = windows(F.pad(x.new_ones(1, height, width, 1), padding), rows, columns)  # [w, T, 1]
-            x = F.pad(x, padding, value=1.0)
-        grid_size = (x.shape[1], x.shape[2])
+        x, real = pad_to_windows(x, *self.window_size)
         mask = self.get_attn_mask(x) if getattr(self, "dynamic_mask", False) else self.attn_mask
-        x = self.update_fewer(
-            windows(x, rows, columns),
-            (rows, columns),
-            lambda tokens: self.update(tokens, batch, mask, real),
-            _apart(mask, real),
+        unseen = None if mask is None else mask < 0  # tokens that do not see each other are not merged
+        x = self.update_windows(
+            x, self.window_size, lambda tokens: self.update(tokens, batch, mask, real), real, unseen
         )
-        x = join_windows(x, rows, columns, grid_size)[:, :height, :width]
+        x = x[:, :height, :width]
         return x.roll((down, right), (1, 2)) if down or right else x
 
     def update(self: Any, x: Tensor, batch: int, mask: Tensor | None, real: Tensor | None) -> Tensor:
@@ -116,9 +107,7 @@ class MergingSwinBlock(PatchedGridBlock):
 
     def attend(self: Any, x: Tensor, mask: Tensor | None, real: Tensor | None) -> Tensor:
         """Attend window by window, to zeros where there is padding."""
-        if real is not None:
-            x = self.zero_padding(x, real)
-        return self.attn(x, mask=mask)
+        return self.attn(self.zero_padding(x, real), mask=mask)
 
 
 class MergingPostNormSwinBlock(MergingSwinBlock):
@@ -136,15 +125,6 @@ class MergingCrBlock(MergingPostNormSwinBlock):
 
     def forward(self: Any, x: Tensor) -> Tensor:
         return self.norm3(super().forward(x))
-
-
-def _apart(mask: Tensor | None, real: Tensor | None) -> Tensor | None:
-    """Return the pairs that are not to be merged: tokens that do not see each other, and padding and others."""
-    apart = None if mask is None else mask < 0
-    if real is None:
-        return apart
-    mixed = real != real.transpose(1, 2)
-    return mixed if apart is None else apart | mixed
 
 
 @register_adapter(swin.SwinTransformer, swin_v2.SwinTransformerV2, swin_v2_cr.SwinTransformerV2Cr)

@@ -14,23 +14,15 @@ from token_merge_plugin.adapters.base import (
     Patched,
     PatchedAttention,
     PatchedGridBlock,
-    attend,
+    PatchedSelfAttention,
     known_mixin,
     register_adapter,
 )
 from token_merge_plugin.method.attention import attention
-from token_merge_plugin.method.merging import join_windows, windows
 
 
-class MergingLocalAttention(PatchedAttention):
+class MergingLocalAttention(PatchedSelfAttention):
     """timm's `LocallyGroupedAttn`, on windows that are cut already."""
-
-    parts = ("qkv", "attn_drop", "proj", "proj_drop")
-
-    def merged_forward(self: Any, x: Tensor) -> Tensor:
-        query, key, value = self.qkv(x).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        out = attend(self, query, key, value, dropout=self.attn_drop.p)
-        return self.proj_drop(self.proj(out.transpose(1, 2).flatten(2)))
 
 
 class MergingGlobalAttention(PatchedAttention):
@@ -61,10 +53,8 @@ class MergingLocalBlock(PatchedGridBlock):
             x = x + self.drop_path1(self.attn(self.norm1(x), size))
             return self.update_fewer(x, size, lambda tokens: self.drop_path2(self.mlp(self.norm2(tokens))))
         batch = len(x)
-        x = self.update_fewer(
-            windows(x.unflatten(1, size), side, side), (side, side), lambda tokens: self.update(tokens, batch)
-        )
-        return join_windows(x, side, side, size).flatten(1, 2)
+        x = self.update_windows(x.unflatten(1, size), (side, side), lambda tokens: self.update(tokens, batch))
+        return x.flatten(1, 2)
 
     def update(self: Any, x: Tensor, batch: int) -> Tensor:
         """Return what attention and MLP add to the tokens of all windows, [W, K, C]."""

@@ -12,29 +12,21 @@ from torch import Tensor, nn
 
 from token_merge_plugin.adapters.base import (
     Adapter,
-    PatchedAttention,
     PatchedBlock,
     PatchedModel,
-    attend,
+    PatchedSelfAttention,
     register_adapter,
 )
 from token_merge_plugin.adapters.vit import MergingPreNormBlock
 from token_merge_plugin.errors import UnsupportedModelError
 
 
-class MergingVoloAttention(PatchedAttention):
+class MergingVoloAttention(PatchedSelfAttention):
     """VOLO's `Attention`, on tokens out of the grid: [B, K, C]."""
-
-    parts = ("qkv", "attn_drop", "proj", "proj_drop")
 
     def forward(self: Any, x: Tensor) -> Tensor:
         # Its own forward takes the grid alone, even where nothing is merged yet.
         return self.merged_forward(x) if x.dim() == 3 else super().forward(x)
-
-    def merged_forward(self: Any, x: Tensor) -> Tensor:
-        query, key, value = self.qkv(x).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        out = attend(self, query, key, value, dropout=self.attn_drop.p)
-        return self.proj_drop(self.proj(out.transpose(1, 2).flatten(2)))
 
 
 class MergingVoloBlock(MergingPreNormBlock):

@@ -15,10 +15,11 @@ from token_merge_plugin.cli.options import (
     load,
     positive,
 )
-from token_merge_plugin.trial.data import data_config
+from token_merge_plugin.trial.images import Tensors
 from token_merge_plugin.trial.measuring import keep_freed_memory
-from token_merge_plugin.trial.results import format_table
-from token_merge_plugin.trial.run import Tensors, device_name, run_trial, versions
+from token_merge_plugin.trial.models import data_config
+from token_merge_plugin.trial.run import device_name, run_trial, versions
+from token_merge_plugin.trial.table import format_table
 
 
 def add(commands: Any) -> None:

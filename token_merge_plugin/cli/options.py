@@ -8,8 +8,9 @@ import torch
 from torch import nn
 
 from token_merge_plugin.config import METHODS, MergeConfig
-from token_merge_plugin.errors import ConfigError, DataError
-from token_merge_plugin.trial.data import DEFAULT_WORKERS, Data, data_config, load_model, open_data
+from token_merge_plugin.errors import ConfigError, DataError, first_line
+from token_merge_plugin.trial.data import DEFAULT_WORKERS, Data, open_data
+from token_merge_plugin.trial.models import data_config, load_model
 
 BUILTIN = "the built-in ViT"
 # As timm's validate.py takes them, apart from the first.
@@ -118,7 +119,7 @@ def _device(text: str) -> torch.device:
     try:
         return torch.empty(0, device=text).device
     except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
-        raise argparse.ArgumentTypeError(f"{text} is not available: {str(error).splitlines()[0]}") from error
+        raise argparse.ArgumentTypeError(f"{text} is not available: {first_line(error)}") from error
 
 
 def asked_config(args: argparse.Namespace) -> MergeConfig:

@@ -1,6 +1,8 @@
 """What subcommands print of a result."""
 
-from token_merge_plugin.trial.results import TrialResult, format_table, verdict
+from token_merge_plugin.trial.judging import verdict
+from token_merge_plugin.trial.results import TrialResult
+from token_merge_plugin.trial.table import format_table
 
 
 def print_result(result: TrialResult) -> None:

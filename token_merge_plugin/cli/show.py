@@ -14,8 +14,9 @@ from token_merge_plugin.cli.options import (
 )
 from token_merge_plugin.errors import DataError
 from token_merge_plugin.patching import apply
-from token_merge_plugin.trial.data import data_config, open_data
+from token_merge_plugin.trial.data import open_data
 from token_merge_plugin.trial.drawing import Picture, contact_sheet, picture_stages
+from token_merge_plugin.trial.models import data_config
 from token_merge_plugin.trial.tracing import trace
 
 

@@ -25,9 +25,10 @@ from token_merge_plugin.errors import DataError, UnsupportedModelError
 from token_merge_plugin.patching import apply, remove
 from token_merge_plugin.trial.data import Data
 from token_merge_plugin.trial.drawing import Picture, picture_stages
+from token_merge_plugin.trial.judging import best_row
 from token_merge_plugin.trial.measuring import keep_freed_memory
 from token_merge_plugin.trial.report import require_charts, write_html, write_png
-from token_merge_plugin.trial.results import TrialResult, best_row, to_csv, to_json
+from token_merge_plugin.trial.results import TrialResult, to_csv, to_json
 from token_merge_plugin.trial.run import run_trial
 from token_merge_plugin.trial.tracing import trace
 
@@ -64,17 +65,11 @@ def add(commands: Any) -> None:
 
 
 def _trial(args: argparse.Namespace) -> int:
-    if args.html or args.png:
-        require_charts()  # not only after all the work
-    for path in (args.html, args.png, args.json, args.csv, args.log):
-        if path is not None and not path.resolve().parent.is_dir():
-            raise DataError(f"{path} cannot be written: there is no folder {path.parent}.")
+    _check_outputs(args)
     keep_freed_memory()
     model = load(args)
     data = open_images(args, model)
-    settings = {k: str(v) for k, v in vars(args).items() if k not in ("html", "png", "json", "csv", "command_line")}
-    unfinished = Path(f"token-merge-trial-{sha256(repr(settings).encode()).hexdigest()[:8]}.jsonl")
-    log = args.log or unfinished
+    log = args.log or _unfinished_log(args)
     if log.exists():
         print(f"token-merge: going on behind the results in {log}.", file=sys.stderr)
     result = run_trial(
@@ -89,8 +84,35 @@ def _trial(args: argparse.Namespace) -> int:
         progress=not args.quiet,
         **({"stages": args.stages} if args.stages else {}),
     )
-    interrupted = result.images < result.total_images
     print_result(result)
+    _write(args, model, data, result)
+    if result.images < result.total_images:
+        print(f"token-merge: interrupted. The same command goes on from here ({log}).", file=sys.stderr)
+        return 130
+    if not args.log:
+        log.unlink()
+    return 0
+
+
+def _check_outputs(args: argparse.Namespace) -> None:
+    """Raise now what would go wrong with the results when all the work is done."""
+    if args.html or args.png:
+        require_charts()
+    for path in (args.html, args.png, args.json, args.csv, args.log):
+        if path is not None and not path.resolve().parent.is_dir():
+            raise DataError(f"{path} cannot be written: there is no folder {path.parent}.")
+
+
+def _unfinished_log(args: argparse.Namespace) -> Path:
+    """Return the file, in this folder, in which the same command finds what it measured before."""
+    # `run` is a function: as text it has its address, which differs from process to process.
+    others = ("html", "png", "json", "csv", "command_line", "run")
+    settings = {name: str(value) for name, value in vars(args).items() if name not in others}
+    return Path(f"token-merge-trial-{sha256(repr(settings).encode()).hexdigest()[:8]}.jsonl")
+
+
+def _write(args: argparse.Namespace, model: nn.Module, data: Data, result: TrialResult) -> None:
+    """Write the result into all the files that are asked for."""
     if args.json:
         args.json.write_text(to_json(result), encoding="utf-8")
     if args.csv:
@@ -101,12 +123,6 @@ def _trial(args: argparse.Namespace) -> int:
         write_html(result, _pictures(model, data, result, args.quiet), args.html)
     for path in filter(None, (args.html, args.png, args.json, args.csv)):
         print(f"Written: {path}")
-    if interrupted:
-        print(f"token-merge: interrupted. The same command goes on from here ({log}).", file=sys.stderr)
-        return 130
-    if not args.log:
-        log.unlink()
-    return 0
 
 
 def _pictures(model: nn.Module, data: Data, result: TrialResult, quiet: bool, number: int = 12) -> list[Picture]:

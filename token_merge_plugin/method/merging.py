@@ -193,6 +193,22 @@ def join_windows(x: Tensor, height: int, width: int, grid_size: tuple[int, int])
     return grid.transpose(2, 3).flatten(3, 4).flatten(1, 2)
 
 
+def pad_to_windows(grid: Tensor, height: int, width: int) -> tuple[Tensor, Tensor | None]:
+    """Pad grids [B, H, W, C] below and on the right, so that windows of that size fill them.
+
+    Padding has equal values, so that it is merged into padding.
+
+    Returns:
+        The padded grids, and [windows, height * width, 1], which is 0 at padding and 1 elsewhere; None without padding.
+    """
+    rows, columns = grid.shape[1:3]
+    padding = (0, 0, 0, -columns % width, 0, -rows % height)
+    if not any(padding):
+        return grid, None
+    real = windows(F.pad(grid.new_ones(1, rows, columns, 1), padding), height, width)
+    return F.pad(grid, padding, value=1.0), real
+
+
 def cells(height: int, width: int, device: torch.device | None = None) -> Tensor:
     """Divide a grid into equal rectangles of about 8x8 tokens: indices of the tokens in each, [cells, T].
 

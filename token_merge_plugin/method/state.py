@@ -16,21 +16,14 @@ from torch import Tensor
 
 from token_merge_plugin.config import Amount, MergeConfig
 from token_merge_plugin.method.attention import additive_mask, causal_mask
-from token_merge_plugin.method.merging import restore, take
-
-
-class Merged(NamedTuple):
-    """Where the image tokens of a batch stand: K tokens for N patches.
-
-    Attributes:
-        size: [B, K] float32, patches that each token stands for (0 for padding).
-        token_map: [B, N], for each patch the index of the token that holds it; K if that was dropped.
-        representative: [B, K], for each token the patch it stood for at the start.
-    """
-
-    size: Tensor
-    token_map: Tensor
-    representative: Tensor
+from token_merge_plugin.method.merging import restore
+from token_merge_plugin.method.patches import (
+    Merged,
+    embedding_of_tokens,
+    fold_mask,
+    position_bias_of_tokens,
+    take_representatives,
+)
 
 
 class Evidence(NamedTuple):
@@ -80,6 +73,23 @@ class Pass:
     def arguments(self) -> tuple[int, int, tuple[int, int] | None, Merged | None]:
         """Return what makes another pass that stands where this one does."""
         return self.num_patches, self.num_prefix_tokens, self.grid_size, self.merged
+
+    def positions(self, embedding: Tensor | None) -> Tensor | None:
+        """Return a position embedding of the patches as the image tokens have it now; see `patches`."""
+        if self.merged is None or embedding is None:
+            return embedding
+        return embedding_of_tokens(embedding, self.merged)
+
+    def position_bias(self, bias: Tensor | None) -> Tensor | None:
+        """Return a position bias of all patches as the tokens have it now; see `patches`."""
+        if bias is None:
+            return None
+        bias = bias.unsqueeze(0) if bias.dim() == 3 else bias
+        return bias if self.merged is None else position_bias_of_tokens(bias, self.num_prefix_tokens, self.merged)
+
+    def take_tokens(self, x: Tensor) -> Tensor:
+        """Undo `Plan.restore`: take one patch of each token, [B, P + N, C] -> [B, P + K, C]."""
+        return x if self.merged is None else take_representatives(x, self.num_prefix_tokens, self.merged)
 
 
 class Edge:
@@ -218,29 +228,8 @@ class Plan:
         mask = mask.reshape((1,) * (4 - mask.dim()) + mask.shape)
         if state.merged is None:
             return mask, False
-        return self._fold(mask, state.num_prefix_tokens, state.merged), self.config.proportional_attention
-
-    def _fold(self, mask: Tensor, prefix: int, merged: Merged) -> Tensor:
-        """Reduce a mask over patches to the tokens that hold them.
-
-        A query token has its representative's row. A key token counts each patch that it stands for by the mask of
-        that patch: log of the sum of exp(mask), which is log(size) where the mask is 0. Without proportional
-        attention it has its representative's column.
-        """
-        batch = merged.size.shape[0]
-        mask = mask.expand(batch, -1, -1, prefix + merged.token_map.shape[1])
-        heads, rows = mask.shape[1], mask.shape[2]
-        index = _with_prefix(merged.representative, prefix)  # [B, P + K]
-        if rows > 1:
-            mask = mask.gather(2, index[:, None, :, None].expand(-1, heads, -1, mask.shape[3]))
-        if not self.config.proportional_attention:
-            return mask.gather(3, index[:, None, None, :].expand(-1, heads, mask.shape[2], -1))
-        tokens = index.shape[1]
-        holder = _with_prefix(merged.token_map, prefix)
-        held = (holder[:, :, None] == torch.arange(tokens, device=index.device)).float()  # [B, P + N, P + K]
-        largest = mask.float().amax(dim=3, keepdim=True).clamp(min=torch.finfo(torch.float32).min)
-        weight = (mask.float() - largest).exp() @ held[:, None]
-        return (weight.log() + largest).to(mask.dtype)
+        proportional = self.config.proportional_attention
+        return fold_mask(mask, state.num_prefix_tokens, state.merged, proportional), proportional
 
     def restore(self, state: Pass, x: Tensor) -> Tensor:
         """Put the image tokens of x [B, P + K, C] back on the full grid: [B, P + N, C]."""
@@ -249,63 +238,3 @@ class Plan:
         prefix = state.num_prefix_tokens
         dropped = self.config.method in ("prune", "random")
         return torch.cat((x[:, :prefix], restore(x[:, prefix:], state.merged.token_map, dropped)), dim=1)
-
-    def take_tokens(self, state: Pass, x: Tensor) -> Tensor:
-        """Undo `restore`: take one patch of each token, [B, P + N, C] -> [B, P + K, C]."""
-        if state.merged is None:
-            return x
-        prefix = state.num_prefix_tokens
-        return torch.cat((x[:, :prefix], take(x[:, prefix:], state.merged.representative)), dim=1)
-
-    def position_bias(self, state: Pass, bias: Tensor | None) -> Tensor | None:
-        """Take from a position bias of all patches what belongs to the tokens.
-
-        A token has the position of its representative, as a query and as a key.
-
-        Args:
-            state: the current pass.
-            bias: [H, P + N, P + N] or [w, H, P + N, P + N], where w divides B: the windows of an image. Or None.
-
-        Returns:
-            [B, H, P + K, P + K].
-        """
-        if bias is None:
-            return None
-        bias = bias.unsqueeze(0) if bias.dim() == 3 else bias
-        if state.merged is None:
-            return bias
-        index = _with_prefix(state.merged.representative, state.num_prefix_tokens)
-        tokens = bias.shape[-1]
-        pair = index[:, :, None] * tokens + index[:, None, :]  # [B, P + K, P + K]
-        if len(bias) > 1:
-            window = torch.arange(len(index), device=index.device) % len(bias)
-            pair = pair + window[:, None, None] * tokens**2
-        # One lookup in rows of heads, which lie together.
-        return bias.permute(0, 2, 3, 1).flatten(0, 2)[pair].permute(0, 3, 1, 2)
-
-    def positions(self, state: Pass, embedding: Tensor | None) -> Tensor | None:
-        """Take from a position embedding of the patches what belongs to the image tokens.
-
-        A token has the position of its representative, the crucial token that the others were merged into.
-
-        Args:
-            state: the current pass.
-            embedding: [N, D], [H, N, D] or [B, 1 or H, N, D], or None.
-
-        Returns:
-            [B, 1 or H, K, D], or the embedding as it was given where nothing is merged.
-        """
-        if state.merged is None or embedding is None:
-            return embedding
-        index = state.merged.representative
-        if embedding.dim() == 2:
-            return embedding[index].unsqueeze(1)
-        if embedding.dim() == 3:
-            return embedding[:, index].transpose(0, 1)
-        image = torch.arange(index.shape[0], device=index.device)[:, None]
-        return embedding.expand(index.shape[0], -1, -1, -1)[image, :, index].transpose(1, 2)
-
-
-def _with_prefix(index: Tensor, prefix: int) -> Tensor:
-    """Turn indices of patches [B, T] into indices of the whole sequence, prefix tokens first: [B, P + T]."""
-    return torch.cat((torch.arange(prefix, device=index.device).expand(index.shape[0], -1), prefix + index), dim=1)

@@ -1,7 +1,8 @@
 """Is it worth it? What merging saves and costs on one model and one set of images, and which schedule suits them."""
 
 from token_merge_plugin.trial.calibration import calibrate
-from token_merge_plugin.trial.results import verdict
-from token_merge_plugin.trial.run import Tensors, evaluate, run_trial
+from token_merge_plugin.trial.images import Tensors
+from token_merge_plugin.trial.judging import verdict
+from token_merge_plugin.trial.run import evaluate, run_trial
 
 __all__ = ["Tensors", "calibrate", "evaluate", "run_trial", "verdict"]

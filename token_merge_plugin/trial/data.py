@@ -1,13 +1,12 @@
-"""Models and images for a trial, through timm's own functions.
+"""Images for a trial, through timm's own functions.
 
-The path is that of timm's validate.py: `create_model`, `load_checkpoint`, `resolve_input_data_config`, `create_dataset`
-and `create_loader`. So an unpatched model has the accuracy here that validate.py prints for it. Two things differ: an
-image that cannot be read is named and left out, where timm puts its neighbour in its place, and the images shared among
-several processes are never padded with duplicates.
+With the models of `models.py`, the path is that of timm's validate.py: `create_model`, `load_checkpoint`,
+`resolve_input_data_config`, `create_dataset` and `create_loader`. So an unpatched model has the accuracy here that
+validate.py prints for it. Two things differ: an image that cannot be read is named and left out, where timm puts its
+neighbour in its place, and the images shared among several processes are never padded with duplicates.
 """
 
 import copy
-import difflib
 import importlib.util
 import operator
 import os
@@ -18,30 +17,21 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO
 
-import timm
 import torch
 from PIL import Image
-from timm.data import create_dataset, create_loader, create_transform, get_img_extensions, resolve_input_data_config
+from timm.data import create_dataset, create_loader, create_transform, get_img_extensions
 from timm.data.loader import fast_collate
 from timm.data.readers.targets import has_field
-from timm.models import (
-    get_pretrained_cfg,
-    load_checkpoint,
-    load_state_dict,
-    parse_model_name,
-    resolve_model_input_args,
-    split_model_name_tag,
-)
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 from torchvision.transforms.functional import to_pil_image
 
-from token_merge_plugin.builtin import CLASSES, FOLDER, MEAN, STD, create_reference_model, load_pixels
-from token_merge_plugin.errors import ConfigError, DataError, MissingExtraError
+from token_merge_plugin.builtin import CLASSES, FOLDER, load_pixels
+from token_merge_plugin.errors import ConfigError, DataError, MissingExtraError, first_few, first_line
+from token_merge_plugin.trial.images import NO_LABEL, Batch
 
-NO_LABEL = -1
 # validate.py's 4, where there are so many cores.
 DEFAULT_WORKERS = min(4, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 # In a sample's row, in the place of its label. Worker processes send numbers back, no exceptions.
@@ -49,207 +39,6 @@ _UNREADABLE, _BAD_LABEL = -2, -3
 
 _LABEL_ADVICE = "Give --class-map FILE (one folder name a line, in the order of the model's classes), or --unlabelled."
 _PACKAGES = {"hfds": "datasets", "wds": "webdataset", "torch": "torchvision"}
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Models
-
-
-def load_model(
-    name: str | None = None,
-    *,
-    checkpoint: str | Path | None = None,
-    use_ema: bool = False,
-    pretrained: bool = True,
-    num_classes: int | None = None,
-    img_size: int | None = None,
-    in_chans: int | None = None,
-) -> nn.Module:
-    """Create a model as timm's validate.py does, in eval mode.
-
-    Args:
-        name: timm's name of a model, or an id after `hf-hub:` or `local-dir:`; None for the built-in model.
-        checkpoint: file of weights, as timm's `load_checkpoint` takes it. Pretrained weights are not loaded then.
-        use_ema: take the checkpoint's moving average of the weights, where it has one.
-        pretrained: load pretrained weights.
-        num_classes: classes of the classifier; None for those of the weights.
-        img_size: side of the input in pixels; None for that of the weights. Give it to `data_config` as well: many
-            models take images of any size.
-        in_chans: channels of the input; None for those of the weights.
-
-    Raises:
-        ConfigError: there is no such model, or it cannot be built with these options.
-        DataError: the weights cannot be had, or the checkpoint is missing, damaged or does not fit.
-    """
-    options: dict[str, Any] = {"num_classes": num_classes, "img_size": img_size, "in_chans": in_chans}
-    pretrained = pretrained and checkpoint is None
-    if checkpoint is not None and not Path(checkpoint).is_file():
-        raise DataError(f"There is no checkpoint {checkpoint}. Give a file of weights, as timm's train.py writes it.")
-    if name is None:
-        if any(value is not None for value in options.values()):
-            raise ConfigError("The built-in model is complete as it is. Name another one with --model.")
-        model = _reference_model(pretrained)
-    else:
-        model = _timm_model(name, pretrained, **options)
-    if checkpoint is not None:
-        try:
-            load_checkpoint(model, str(checkpoint), use_ema=use_ema)
-        except Exception as error:  # as many kinds as there are ways to damage a file
-            raise DataError(_checkpoint_problem(model, checkpoint, use_ema, error)) from error
-    return model.eval()
-
-
-def _timm_model(name: str, pretrained: bool, **options: Any) -> nn.Module:
-    _check_name(name, pretrained)
-    try:
-        if options["img_size"] is not None:  # only models that are built for one size take the argument
-            options["img_size"] = resolve_model_input_args(name, {"img_size": options["img_size"]}).get("img_size")
-        return timm.create_model(name, pretrained=pretrained, **options)
-    except Exception as error:  # the network, the hub and the model's own code raise classes of every kind
-        raise _creation_error(name, pretrained, options, error) from error
-
-
-def _reference_model(pretrained: bool) -> nn.Module:
-    model: Any = create_reference_model(pretrained)
-    model.pretrained_cfg = {
-        "architecture": "vit_fashion_mnist",
-        "input_size": (1, 28, 28),
-        "fixed_input_size": True,
-        "crop_pct": 1.0,
-        "mean": (MEAN,),
-        "std": (STD,),
-        "num_classes": len(CLASSES),
-        "label_names": CLASSES,
-    }
-    return model
-
-
-def _check_name(name: str, pretrained: bool) -> None:
-    try:
-        source, identifier = parse_model_name(name)
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
-    if source is not None:
-        return
-    architecture, tag = split_model_name_tag(identifier)
-    if not timm.is_model(architecture):
-        close = difflib.get_close_matches(architecture, timm.list_models(), n=5)
-        advice = f"Similar names: {', '.join(close)}." if close else "`token-merge list --all` names those served."
-        raise ConfigError(f"timm has no model {architecture!r}. {advice}")
-    try:
-        config = get_pretrained_cfg(identifier)
-    except RuntimeError as error:
-        known = ", ".join(timm.list_models(f"{architecture}.*", pretrained=True)) or "none"
-        raise ConfigError(f"There are no weights {tag!r} for {architecture}. Those it has: {known}.") from error
-    if pretrained and config is not None and not config.has_weights:
-        raise DataError(f"timm has no pretrained weights for {name}. {_weights_advice()}")
-
-
-def _weights_advice() -> str:
-    return "Give weights of your own with --checkpoint FILE, or --no-pretrained to measure speed only."
-
-
-def _creation_error(
-    name: str, pretrained: bool, options: Mapping[str, Any], error: Exception
-) -> ConfigError | DataError:
-    given = ", ".join(f"{option}={value}" for option, value in options.items() if value is not None)
-    what = f"{name} cannot be created{f' with {given}' if given else ''}"
-    if pretrained:
-        return DataError(f"{what} and its pretrained weights: {_first_line(error)}\n{_weights_advice()}")
-    return ConfigError(f"{what}: {_first_line(error)}")
-
-
-def _checkpoint_problem(model: nn.Module, checkpoint: str | Path, use_ema: bool, error: Exception) -> str:
-    try:
-        found = load_state_dict(str(checkpoint), use_ema)
-        shapes = {key: tuple(value.shape) for key, value in found.items()}
-    except Exception:  # `error` says why already
-        return f"{checkpoint} is damaged, or is not a file of weights: {_first_line(error)}"
-    expected = {key: tuple(value.shape) for key, value in model.state_dict().items()}
-    both = [key for key in expected if key in shapes]
-    problems = [
-        ("missing", [key for key in expected if key not in shapes]),
-        ("unexpected", [key for key in shapes if key not in expected]),
-        (
-            "of another shape",
-            [f"{key} {shapes[key]}, not {expected[key]}" for key in both if shapes[key] != expected[key]],
-        ),
-    ]
-    listed = "; ".join(f"{kind}: {_first_few(keys)}" for kind, keys in problems if keys) or _first_line(error)
-    return (
-        f"{checkpoint} does not fit the model: {listed}. Name the model that it was saved from, with the same "
-        "--num-classes, --img-size and --in-chans."
-    )
-
-
-def data_config(
-    model: nn.Module,
-    *,
-    img_size: int | None = None,
-    crop_pct: float | None = None,
-    crop_mode: str | None = None,
-    interpolation: str | None = None,
-    mean: Sequence[float] | None = None,
-    std: Sequence[float] | None = None,
-) -> dict[str, Any]:
-    """Return how images are prepared for the model: its own settings at test size, and what overrides them.
-
-    Args:
-        model: a timm model.
-        img_size: side of the input in pixels.
-        crop_pct: share of the resized image's side that the crop keeps.
-        crop_mode: "center", "squash" or "border".
-        interpolation: "bicubic", "bilinear", "nearest", "lanczos", "box" or "hamming".
-        mean, std: of the pixels in [0, 1], one for each channel, or one for all.
-
-    Returns:
-        input_size (channels, height, width), interpolation, mean, std, crop_pct and crop_mode, as timm names them.
-
-    Raises:
-        ConfigError: a value is not allowed, or does not fit the model.
-    """
-    _check_choice("crop_mode", crop_mode, ("center", "squash", "border"))
-    _check_choice("interpolation", interpolation, ("bicubic", "bilinear", "nearest", "lanczos", "box", "hamming"))
-    for name, value in (("img_size", img_size), ("crop_pct", crop_pct)):
-        if value is not None and not value > 0:
-            raise ConfigError(f"{name}={value} is not positive.")
-    overrides = {
-        "img_size": img_size,
-        "crop_pct": crop_pct,
-        "crop_mode": crop_mode,
-        "interpolation": interpolation,
-        "mean": mean,
-        "std": std,
-    }
-    try:
-        return resolve_input_data_config(model, overrides, use_test_size=True)
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
-
-
-def _check_choice(name: str, value: str | None, allowed: Sequence[str]) -> None:
-    if value is not None and value not in allowed:
-        raise ConfigError(f"{name}={value!r} is not known. Choose one of {', '.join(map(repr, allowed))}.")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Images
-
-
-class Batch(NamedTuple):
-    """Images that could be read, in the order of the data.
-
-    Attributes:
-        images: float [B, C, H, W], preprocessed, on the device.
-        labels: int64 [B], on the device; -1 where there is none.
-        indices: int64 [B], on the CPU: numbers of the images in the whole source.
-        end: images of this `Data` that have gone by, with the unreadable ones; `batches(start=end)` goes on after them.
-    """
-
-    images: Tensor
-    labels: Tensor
-    indices: Tensor
-    end: int
 
 
 class Data:
@@ -313,7 +102,7 @@ class Data:
         try:
             image, _ = self._samples.open(index)
         except Exception as error:  # as in `_Images.__getitem__`
-            raise DataError(f"{self.filename(index)} cannot be read: {_first_line(error)}") from error
+            raise DataError(f"{self.filename(index)} cannot be read: {first_line(error)}") from error
         return to_pil_image(create_transform(**self._config, use_prefetcher=True)(image))
 
     def subset(self, indices: Sequence[int]) -> "Data":
@@ -348,7 +137,7 @@ class Data:
         left_out = samples.indices[end - start :]
         self._unreadable.update(dict.fromkeys(left_out, "a sample that timm's log describes"))
         if start == delivered == 0:
-            raise DataError(f"No image could be read, of {self.description}: {_first_few(self.unreadable)}.")
+            raise DataError(f"No image could be read, of {self.description}: {first_few(self.unreadable)}.")
 
     def _loader(self, samples: Any) -> Any:
         config = self._config
@@ -651,7 +440,7 @@ def _create(dataset: str, source: str | Path | None, split: str, mode: str, keys
         if not dataset and "Found 0 images" in str(error):
             raise DataError(_no_images(source, keys)) from error
         advice = " Name its fields with --input-key and --target-key, and its split with --split." if dataset else ""
-        raise DataError(f"{dataset or source} cannot be opened: {_first_line(error)}{advice}") from error
+        raise DataError(f"{dataset or source} cannot be opened: {first_line(error)}{advice}") from error
 
 
 def _no_images(folder: str | Path | None, keys: dict[str, Any]) -> str:
@@ -667,7 +456,7 @@ def _count_samples(reader: Any) -> int:
     shards = [str(Path(reader.root) / name) for name in reader.split_info.filenames]
     missing = [shard for shard in shards if not Path(shard).is_file()]
     if missing:
-        raise DataError(f"Shards are missing: {_first_few(missing)}.")
+        raise DataError(f"Shards are missing: {first_few(missing)}.")
     return sum(1 for _ in webdataset.DataPipeline(webdataset.SimpleShardList(shards), webdataset.tarfile_to_samples()))
 
 
@@ -703,11 +492,3 @@ def _collate(samples: list[tuple[Tensor | None, Tensor]], channels: int) -> tupl
     readable = [sample for sample in samples if sample[0] is not None]
     images = fast_collate(readable)[0] if readable else torch.empty(0, channels, 1, 1, dtype=torch.uint8)
     return images, torch.stack([row for _, row in samples])
-
-
-def _first_few(names: Sequence[str], few: int = 3) -> str:
-    return ", ".join(names[:few]) + (f" and {len(names) - few} more" if len(names) > few else "")
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -4,6 +4,7 @@ import ctypes
 import os
 import random
 import time
+import warnings
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from token_merge_plugin.config import MergeConfig
+from token_merge_plugin.errors import DataError
 from token_merge_plugin.patching import apply, remove
 
 # From glibc's malloc.h.
@@ -36,6 +38,19 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 def plan(model: nn.Module, config: MergeConfig | None) -> nn.Module:
     """Patch the model by `config`, or make it the unpatched one for None."""
     return remove(model) if config is None else apply(model, config)
+
+
+def halved(batch_size: int) -> int:
+    """Return half of a batch size, with which memory ran out, and say so.
+
+    Raises:
+        DataError: it is one image.
+    """
+    if batch_size == 1:
+        raise DataError("Memory runs out with a single image. Choose smaller images or another device.")
+    torch.cuda.empty_cache()
+    warnings.warn(f"Out of memory: the batch is halved to {batch_size // 2}.", stacklevel=4)
+    return batch_size // 2
 
 
 def keep_freed_memory() -> None:

@@ -22,18 +22,9 @@ from PIL import Image
 
 from token_merge_plugin.errors import MissingExtraError
 from token_merge_plugin.trial.drawing import Picture, scaled, stage_caption
-from token_merge_plugin.trial.results import (
-    TOLERANCES,
-    Column,
-    TrialResult,
-    TrialRow,
-    best_row,
-    loss,
-    measure_of,
-    patched,
-    shown_columns,
-    verdict,
-)
+from token_merge_plugin.trial.judging import TOLERANCES, best_row, loss, measure_of, verdict
+from token_merge_plugin.trial.results import TrialResult, TrialRow, patched
+from token_merge_plugin.trial.table import Column, shown_columns
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

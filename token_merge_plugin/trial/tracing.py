@@ -5,7 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from token_merge_plugin.adapters.base import Patched, PatchedGridBlock, find_adapter
+from token_merge_plugin.adapters import find_adapter
+from token_merge_plugin.adapters.base import Patched, PatchedGridBlock
 from token_merge_plugin.errors import UnsupportedModelError
 from token_merge_plugin.method.state import Pass, recorded
 from token_merge_plugin.trial.measuring import evaluating

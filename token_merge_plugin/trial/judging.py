@@ -1,0 +1,181 @@
+"""Is token merging worth it here? What a trial's results say, in one plain sentence."""
+
+from collections.abc import Callable, Sequence
+
+from token_merge_plugin.trial.results import TrialResult, TrialRow, patched
+
+# What a loss may come to, and still be called tolerable: 0.5 points of top-1, 1 % of the predictions, 0.01 of cosine.
+TOLERANCES = {"top-1": 0.005, "agreement": 0.01, "cosine": 0.01}
+# A speed-up below this is not worth a change.
+WORTHWHILE = 1.05
+# Speeds that differ by less than this share are equal: they vary by as much from run to run.
+SPEED_NOISE = 0.02
+# In fewer images, even a loss that was never seen may be above one point (3 / n, the rule of three).
+ENOUGH_IMAGES = 300
+WIDEST_INTERVAL = 0.01
+
+
+def measure_of(result: TrialResult) -> str | None:
+    """Return what the loss is measured by: a key of `TOLERANCES`, or None where nothing was classified.
+
+    Top-1 for labelled images, unless the unpatched model gets none of them right; else the agreement with the unpatched
+    model; else, for models without classes, the cosine similarity of the features.
+    """
+    return next(
+        (name for name in TOLERANCES if any(loss(result, row, name) is not None for row in patched(result))), None
+    )
+
+
+def loss(result: TrialResult, row: TrialRow, measure: str | None) -> float | None:
+    """Return what the row loses against the unpatched model by a measure of `TOLERANCES`: 0 is nothing."""
+    if measure == "top-1":
+        return None if row.top1_difference is None or not result.rows[0].top1 else -row.top1_difference
+    value = {"agreement": row.agreement, "cosine": row.cosine}.get(measure or "")
+    return None if value is None else 1 - value
+
+
+def best_row(result: TrialResult) -> TrialRow | None:
+    """Return the row that the verdict recommends, by the rule of `verdict`; None if it recommends none."""
+    rows = _tolerable(result)
+    if not any(row.speed_up is not None for row in patched(result)):
+        return _preferred(rows, lambda row: row.reduction)
+    fast = [row for row in rows if row.speed_up is not None and row.speed_up >= WORTHWHILE]
+    return _preferred(fast, lambda row: row.speed_up or 0.0)
+
+
+def verdict(result: TrialResult) -> str:
+    """Say in one plain sentence whether token merging helps here; more sentences only for what limits it.
+
+    The rule: a loss is tolerable if top-1 falls by at most 0.5 points; where there is no top-1, if the prediction stays
+    the same for at least 99 % of the images; for models without classes, if the features have a mean cosine similarity
+    of at least 0.99 with the unpatched ones. Of the rows whose loss is tolerable, the fastest is recommended, over all
+    methods, if it is at least 1.05x as fast as the unpatched model. Rows within 2 % of the fastest are equally fast,
+    and of those `merge` is preferred. Where no speed was measured, the row with the fewest multiply-adds stands in.
+
+    It is added if the trial was interrupted, if there were too few images to tell (fewer than 300, or a confidence
+    interval wider than +-1 point), and if the unpatched model gets no label right.
+    """
+    row, sentence = _judge(result)
+    return " ".join([sentence, *_caveats(result, row)])
+
+
+def _judge(result: TrialResult) -> tuple[TrialRow | None, str]:
+    """Return the row that the sentence is about, and the sentence."""
+    rows = patched(result)
+    if not rows and result.refused:
+        return None, "Token merging cannot be used on this model: every method that was asked for is refused."
+    measure = measure_of(result)
+    if not rows or (measure is None and not any(row.speed_up for row in rows)):
+        return None, "Nothing can be said yet: no patched model was measured."
+    if measure is None:
+        row = max(rows, key=lambda row: row.speed_up or 0.0)
+        return row, f"{_name(row)} runs at {row.speed_up:.2f}x the speed; what it costs was not measured."
+    best = best_row(result)
+    if best is not None:
+        if best.speed_up is not None:
+            gain = f"at {best.speed_up:.2f}x the speed."
+        else:
+            gain = f"with {100 * best.reduction:.0f} % less computation; its speed was not measured."
+        return best, f"{_name(best)} {_what_stays(result, best, measure)} {gain}"
+    row, reason = _why_nothing_helps(result, measure)
+    return row, f"Token merging does not help here: {reason}"
+
+
+def _why_nothing_helps(result: TrialResult, measure: str) -> tuple[TrialRow, str]:
+    tolerable = _tolerable(result)
+    losses = {row: lost for row in patched(result) if (lost := loss(result, row, measure)) is not None}
+    if not tolerable:
+        mildest = max(row.keep_rate or 0.0 for row in losses)
+        row = min((row for row in losses if (row.keep_rate or 0.0) == mildest), key=lambda row: losses[row])
+        higher = " Higher keep rates were not tried." if 0 < mildest < 0.9 else ""
+        return row, f"at {_name(row, start=False)} {_what_is_lost(losses[row], measure, ' already')}.{higher}"
+    timed = [row for row in tolerable if row.speed_up is not None]
+    what = {"top-1": "the accuracy stays", "agreement": "the predictions stay", "cosine": "the features stay"}[measure]
+    if not timed:
+        return tolerable[0], f"{what} at {_name(tolerable[0], start=False)}, but its speed was not measured."
+    row = max(timed, key=lambda row: row.speed_up or 0.0)
+    fast = [other for other in losses if (other.speed_up or 0.0) >= WORTHWHILE]
+    if fast:
+        other = min(fast, key=lambda row: losses[row])
+        return other, (
+            f"as long as {what}, the model runs at {row.speed_up:.2f}x the speed at best; at "
+            f"{_name(other, start=False)}, {other.speed_up:.2f}x, {_what_is_lost(losses[other], measure)}."
+        )
+    why = f"{100 * row.reduction:.0f} % less computation saves no time at batch size {result.batch_size}"
+    if row.reduction < 1 - 1 / WORTHWHILE:
+        why = f"only {100 * row.reduction:.0f} % of the computation is saved"
+    return row, f"{what}, but the model is not faster on this device: {row.speed_up:.2f}x at best, since {why}."
+
+
+def _caveats(result: TrialResult, row: TrialRow | None) -> list[str]:
+    caveats = []
+    if result.images < result.total_images:
+        caveats.append(f"The trial was interrupted after {result.images:,} of {result.total_images:,} images.")
+    unpatched = result.rows[0] if result.rows else None
+    if result.labelled and unpatched is not None and unpatched.top1 == 0:
+        caveats.append("The unpatched model gets no label right: are the labels those of its classes?")
+    measure = measure_of(result)
+    if row is None or measure is None:
+        return caveats
+    if measure == "top-1" and row.top1_interval is not None:
+        half = (row.top1_interval[1] - row.top1_interval[0]) / 2
+        if half > WIDEST_INTERVAL:
+            uncertain = f"the difference is uncertain by {100 * half:.1f} points either way"
+            return [*caveats, f"{result.images:,} images are too few to be sure: {uncertain}."]
+    if result.images < ENOUGH_IMAGES:
+        caveats.append(f"{result.images:,} images are too few to be sure.")
+    return caveats
+
+
+def _tolerable(result: TrialResult) -> list[TrialRow]:
+    measure = measure_of(result)
+    rows = []
+    for row in patched(result):
+        lost = loss(result, row, measure)
+        # 1e-9 undoes float noise: 1 - 0.99 is a little more than 0.01.
+        if measure is not None and lost is not None and lost <= TOLERANCES[measure] + 1e-9:
+            rows.append(row)
+    return rows
+
+
+def _preferred(rows: Sequence[TrialRow], gain: Callable[[TrialRow], float]) -> TrialRow | None:
+    """Return the row of the largest gain; `merge` if it gains about as much."""
+    if not rows:
+        return None
+    largest = max(map(gain, rows))
+    merging = [row for row in rows if row.method == "merge" and gain(row) >= largest * (1 - SPEED_NOISE)]
+    return max(merging or rows, key=gain)
+
+
+def _name(row: TrialRow, start: bool = True) -> str:
+    name = "this setting" if row.keep_rate is None else f"keep rate {row.keep_rate:g}"
+    if row.method != "merge":
+        name = f"method {row.method} at {name}" if start else f"{name} with method {row.method}"
+    return name[0].upper() + name[1:] if start else name
+
+
+def _what_stays(result: TrialResult, row: TrialRow, measure: str) -> str:
+    if measure == "cosine":
+        return f"gives features with a cosine similarity of {row.cosine:.3f} to the unpatched ones"
+    if measure == "agreement":
+        assert row.agreement is not None
+        return f"gives the same prediction for {_share(row.agreement)} the images"
+    unpatched = result.rows[0].top1
+    assert row.top1 is not None
+    assert unpatched is not None
+    return f"keeps {_share(row.top1 / unpatched)} the accuracy"
+
+
+def _share(share: float) -> str:
+    """Write a share so that only a whole one reads as all, and "of" follows where it belongs."""
+    if share >= 1:
+        return "all of"
+    return f"{100 * share:.1f} % of" if share < 0.9995 else "over 99.9 % of"
+
+
+def _what_is_lost(lost: float, measure: str, already: str = "") -> str:
+    if measure == "top-1":
+        return f"the model is{already} {100 * lost:.1f} points less accurate"
+    if measure == "agreement":
+        return f"the predictions are{already} different for {100 * lost:.1f} % of the images"
+    return f"the features are{already} down to a cosine similarity of {1 - lost:.3f}"

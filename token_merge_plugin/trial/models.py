@@ -1,0 +1,198 @@
+"""Models for a trial, through timm's own functions, as its validate.py creates them and asks them for their images."""
+
+import difflib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import timm
+from timm.data import resolve_input_data_config
+from timm.models import (
+    get_pretrained_cfg,
+    load_checkpoint,
+    load_state_dict,
+    parse_model_name,
+    resolve_model_input_args,
+    split_model_name_tag,
+)
+from torch import nn
+
+from token_merge_plugin.builtin import CLASSES, MEAN, STD, create_reference_model
+from token_merge_plugin.errors import ConfigError, DataError, first_few, first_line
+
+
+def load_model(
+    name: str | None = None,
+    *,
+    checkpoint: str | Path | None = None,
+    use_ema: bool = False,
+    pretrained: bool = True,
+    num_classes: int | None = None,
+    img_size: int | None = None,
+    in_chans: int | None = None,
+) -> nn.Module:
+    """Create a model as timm's validate.py does, in eval mode.
+
+    Args:
+        name: timm's name of a model, or an id after `hf-hub:` or `local-dir:`; None for the built-in model.
+        checkpoint: file of weights, as timm's `load_checkpoint` takes it. Pretrained weights are not loaded then.
+        use_ema: take the checkpoint's moving average of the weights, where it has one.
+        pretrained: load pretrained weights.
+        num_classes: classes of the classifier; None for those of the weights.
+        img_size: side of the input in pixels; None for that of the weights. Give it to `data_config` as well: many
+            models take images of any size.
+        in_chans: channels of the input; None for those of the weights.
+
+    Raises:
+        ConfigError: there is no such model, or it cannot be built with these options.
+        DataError: the weights cannot be had, or the checkpoint is missing, damaged or does not fit.
+    """
+    options: dict[str, Any] = {"num_classes": num_classes, "img_size": img_size, "in_chans": in_chans}
+    pretrained = pretrained and checkpoint is None
+    if checkpoint is not None and not Path(checkpoint).is_file():
+        raise DataError(f"There is no checkpoint {checkpoint}. Give a file of weights, as timm's train.py writes it.")
+    if name is None:
+        if any(value is not None for value in options.values()):
+            raise ConfigError("The built-in model is complete as it is. Name another one with --model.")
+        model = _reference_model(pretrained)
+    else:
+        model = _timm_model(name, pretrained, **options)
+    if checkpoint is not None:
+        try:
+            load_checkpoint(model, str(checkpoint), use_ema=use_ema)
+        except Exception as error:  # as many kinds as there are ways to damage a file
+            raise DataError(_checkpoint_problem(model, checkpoint, use_ema, error)) from error
+    return model.eval()
+
+
+def _timm_model(name: str, pretrained: bool, **options: Any) -> nn.Module:
+    _check_name(name, pretrained)
+    try:
+        if options["img_size"] is not None:  # only models that are built for one size take the argument
+            options["img_size"] = resolve_model_input_args(name, {"img_size": options["img_size"]}).get("img_size")
+        return timm.create_model(name, pretrained=pretrained, **options)
+    except Exception as error:  # the network, the hub and the model's own code raise classes of every kind
+        raise _creation_error(name, pretrained, options, error) from error
+
+
+def _reference_model(pretrained: bool) -> nn.Module:
+    model: Any = create_reference_model(pretrained)
+    model.pretrained_cfg = {
+        "architecture": "vit_fashion_mnist",
+        "input_size": (1, 28, 28),
+        "fixed_input_size": True,
+        "crop_pct": 1.0,
+        "mean": (MEAN,),
+        "std": (STD,),
+        "num_classes": len(CLASSES),
+        "label_names": CLASSES,
+    }
+    return model
+
+
+def _check_name(name: str, pretrained: bool) -> None:
+    try:
+        source, identifier = parse_model_name(name)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    if source is not None:
+        return
+    architecture, tag = split_model_name_tag(identifier)
+    if not timm.is_model(architecture):
+        close = difflib.get_close_matches(architecture, timm.list_models(), n=5)
+        advice = f"Similar names: {', '.join(close)}." if close else "`token-merge list --all` names those served."
+        raise ConfigError(f"timm has no model {architecture!r}. {advice}")
+    try:
+        config = get_pretrained_cfg(identifier)
+    except RuntimeError as error:
+        known = ", ".join(timm.list_models(f"{architecture}.*", pretrained=True)) or "none"
+        raise ConfigError(f"There are no weights {tag!r} for {architecture}. Those it has: {known}.") from error
+    if pretrained and config is not None and not config.has_weights:
+        raise DataError(f"timm has no pretrained weights for {name}. {_weights_advice()}")
+
+
+def _weights_advice() -> str:
+    return "Give weights of your own with --checkpoint FILE, or --no-pretrained to measure speed only."
+
+
+def _creation_error(
+    name: str, pretrained: bool, options: Mapping[str, Any], error: Exception
+) -> ConfigError | DataError:
+    given = ", ".join(f"{option}={value}" for option, value in options.items() if value is not None)
+    what = f"{name} cannot be created{f' with {given}' if given else ''}"
+    if pretrained:
+        return DataError(f"{what} and its pretrained weights: {first_line(error)}\n{_weights_advice()}")
+    return ConfigError(f"{what}: {first_line(error)}")
+
+
+def _checkpoint_problem(model: nn.Module, checkpoint: str | Path, use_ema: bool, error: Exception) -> str:
+    try:
+        found = load_state_dict(str(checkpoint), use_ema)
+        shapes = {key: tuple(value.shape) for key, value in found.items()}
+    except Exception:  # `error` says why already
+        return f"{checkpoint} is damaged, or is not a file of weights: {first_line(error)}"
+    expected = {key: tuple(value.shape) for key, value in model.state_dict().items()}
+    both = [key for key in expected if key in shapes]
+    problems = [
+        ("missing", [key for key in expected if key not in shapes]),
+        ("unexpected", [key for key in shapes if key not in expected]),
+        (
+            "of another shape",
+            [f"{key} {shapes[key]}, not {expected[key]}" for key in both if shapes[key] != expected[key]],
+        ),
+    ]
+    listed = "; ".join(f"{kind}: {first_few(keys)}" for kind, keys in problems if keys) or first_line(error)
+    return (
+        f"{checkpoint} does not fit the model: {listed}. Name the model that it was saved from, with the same "
+        "--num-classes, --img-size and --in-chans."
+    )
+
+
+def data_config(
+    model: nn.Module,
+    *,
+    img_size: int | None = None,
+    crop_pct: float | None = None,
+    crop_mode: str | None = None,
+    interpolation: str | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+) -> dict[str, Any]:
+    """Return how images are prepared for the model: its own settings at test size, and what overrides them.
+
+    Args:
+        model: a timm model.
+        img_size: side of the input in pixels.
+        crop_pct: share of the resized image's side that the crop keeps.
+        crop_mode: "center", "squash" or "border".
+        interpolation: "bicubic", "bilinear", "nearest", "lanczos", "box" or "hamming".
+        mean, std: of the pixels in [0, 1], one for each channel, or one for all.
+
+    Returns:
+        input_size (channels, height, width), interpolation, mean, std, crop_pct and crop_mode, as timm names them.
+
+    Raises:
+        ConfigError: a value is not allowed, or does not fit the model.
+    """
+    _check_choice("crop_mode", crop_mode, ("center", "squash", "border"))
+    _check_choice("interpolation", interpolation, ("bicubic", "bilinear", "nearest", "lanczos", "box", "hamming"))
+    for name, value in (("img_size", img_size), ("crop_pct", crop_pct)):
+        if value is not None and not value > 0:
+            raise ConfigError(f"{name}={value} is not positive.")
+    overrides = {
+        "img_size": img_size,
+        "crop_pct": crop_pct,
+        "crop_mode": crop_mode,
+        "interpolation": interpolation,
+        "mean": mean,
+        "std": std,
+    }
+    try:
+        return resolve_input_data_config(model, overrides, use_test_size=True)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
+def _check_choice(name: str, value: str | None, allowed: Sequence[str]) -> None:
+    if value is not None and value not in allowed:
+        raise ConfigError(f"{name}={value!r} is not known. Choose one of {', '.join(map(repr, allowed))}.")
