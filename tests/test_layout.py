@@ -1,12 +1,12 @@
 """The layout of the package: imports run one way, and what users import is there."""
 
 import ast
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from checks import run_program
 
 import token_merge_plugin
 from token_merge_plugin import trial
@@ -45,7 +45,7 @@ def imported(tree: ast.Module) -> Iterator[str]:
 
 def run(*arguments: str) -> str:
     """Return what Python prints in a fresh interpreter."""
-    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, timeout=300)
+    done = run_program(sys.executable, *arguments)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 

@@ -1,6 +1,7 @@
 """The command `token-merge`, as a user runs it."""
 
 import json
+import sys
 
 import pytest
 import timm
@@ -122,6 +123,22 @@ def test_ctrl_c_ends_a_trial_with_130_and_the_same_command_goes_on(tmp_path, mon
     assert len(calls) == 3 + 3
     assert "going on behind" in capsys.readouterr().err
     assert from_json((tmp_path / "r.json").read_text()).images == 100
+    assert not list(tmp_path.glob("*.jsonl"))
+
+
+def test_another_process_with_the_same_command_goes_on(tmp_path, monkeypatch, capsys):
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    fast(monkeypatch)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("token_merge_plugin.trial.accuracy.compare", interrupted)
+    arguments = ["trial", "-q", "--keep-rates", "0.7", "--num-images", "40", "--batch-size", "20", "--workers", "0"]
+    assert main(arguments) == 130
+    (log,) = tmp_path.glob("*.jsonl")
+    ended = run_program(sys.executable, "-m", "token_merge_plugin", *arguments)
+    assert ended.returncode == 0, ended.stderr
+    assert f"going on behind the results in {log.name}" in ended.stderr
     assert not list(tmp_path.glob("*.jsonl"))
 
 
