@@ -40,13 +40,13 @@ def test_patched_and_removed(kind):
     assert fingerprint(model) != before
     assert list(model.state_dict()) == before["keys"]
     model.load_state_dict(tensors, strict=True)
-    merged = model.forward_features(x)
-    assert shapes(merged) == shapes(features)
-    assert torch.isfinite(model(x)).all()
-    assert model(x).shape == output.shape
-    assert not torch.equal(model(x), output)
+    merged_features, merged = model.forward_features(x), model(x)
+    assert shapes(merged_features) == shapes(features)
+    assert merged.shape == output.shape
+    assert torch.isfinite(merged).all()
+    assert not torch.equal(merged, output)
     if "encoder" not in kind:  # timm's encoders of language models have no head
-        assert torch.equal(model.forward_head(merged), model(x))
+        assert torch.equal(model.forward_head(merged_features), merged)
     assert count_macs(model, x) < 0.9 * macs
 
     assert remove(model) is model
@@ -118,7 +118,7 @@ def test_compiles_without_a_graph_break_and_without_recompiling_on_equal_shapes(
     expected = [model(x) for x in inputs]  # in the first pass, timm's ConViT makes itself a buffer
     backend = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(model, fullgraph=True, backend=backend)
-    torch.testing.assert_close([compiled(x) for x in inputs], expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close([compiled(x) for x in inputs], expected)
     assert backend.frame_count == 1
 
 
@@ -185,10 +185,11 @@ def test_autocast(kind):
 @every_kind
 @torch.no_grad()
 def test_other_precisions(kind):
+    original = make(kind)
     for dtype in (torch.bfloat16, torch.half, torch.double):
         if kind == "Hiera, absolute windows" and dtype != torch.double:
             continue  # torch cannot interpolate its positions
-        model, x = make(kind).to(dtype), images(kind).to(dtype)
+        model, x = copy.deepcopy(original).to(dtype), images(kind).to(dtype)
         expected = model(x)
         output = apply(model, 0.6)(x)
         assert (output.shape, output.dtype) == (expected.shape, dtype)
