@@ -113,17 +113,28 @@ def create_backbone(**options: Any) -> Any:
 def load_backbone(folder: str | Path, img_size: int = ONNX_SIZE) -> nn.Module:
     """Return the ViT that this script wrote into a folder, in eval mode, for square images of so many pixels.
 
-    The position embedding is resized as the original does it, bicubically and without timm's antialiasing.
-
     Raises:
         DataError: the folder has no such file, or one that does not fit.
     """
     path = Path(folder) / "backbone.safetensors"
-    state, model = _read(path), create_backbone(img_size=img_size)
-    if "pos_embed" in state:
-        grid = list(model.patch_embed.grid_size)
-        state["pos_embed"] = resample_abs_pos_embed(state["pos_embed"], grid, num_prefix_tokens=1, antialias=False)
-    return _loaded(model, state, path)
+    model = create_backbone(img_size=img_size)
+    return _loaded(model, fit_positions(_read(path), model), path)
+
+
+def fit_positions(state: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
+    """Return a state dict whose position embedding is resized to the grid of a timm ViT.
+
+    As the original does it: bicubically, without the antialiasing of timm's own `set_input_size`.
+    """
+    if "pos_embed" not in state:
+        return state
+    positions = resample_abs_pos_embed(
+        state["pos_embed"],
+        list(model.patch_embed.grid_size),
+        num_prefix_tokens=model.num_prefix_tokens,
+        antialias=False,
+    )
+    return state | {"pos_embed": positions}
 
 
 def load_decoder(folder: str | Path) -> Decoder:
@@ -325,8 +336,8 @@ def photographs(folder: str | Path, size: int, crops: int, names: Iterable[str] 
 
     The first crop of a photograph is its largest square in the middle; the others lie anywhere, and have a side of 0.4
     to 1 times that one's, but no fewer than `size` pixels where there are as many. What is cropped depends on the name
-    of the file, not on the other files. Pictures whose shorter side is below `SMALLEST` pixels are left out, as is what cannot
-    be read.
+    of the file, not on the other files. Pictures whose shorter side is below `SMALLEST` pixels are left out, as is what
+    cannot be read.
 
     Args:
         size: pixels of a crop's side.
@@ -413,8 +424,8 @@ def main(arguments: list[str] | None = None) -> int:
         write_weights(args.output, *convert(content))
         largest, mean = agreement(content, load_backbone(args.output), load_decoder(args.output), images)
         print(
-            f"saliency maps of {len(images)} images, difference to ONNX Runtime on the original: largest {largest:.1e}, "
-            f"mean {mean:.1e} of a probability"
+            f"difference to ONNX Runtime on the original, over the saliency maps of {len(images)} images: "
+            f"largest {largest:.1e}, mean {mean:.1e}"
         )
     except TokenMergeError as error:
         print(f"{parser.prog}: error: {error}", file=sys.stderr)
