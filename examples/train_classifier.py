@@ -17,9 +17,9 @@ writes them as folders that `token-merge trial --data` reads, named so that thei
 The objects are the photographs of things among Debian's Tux Paint stamps, and not the drawings: pictures with enough
 opaque pixels, and with many colours. Backgrounds are photographs from any folders; see real_weights.py.
 
-Most images are small at first, which is several times cheaper, and the last ones have full size (Touvron et al. 2019,
-"Fixing the train-test resolution discrepancy"). --schedule lists phases: what is trained ("head", the classifier alone,
-or "all"), pixels of an image's side, images, and peak learning rate. The default takes about 80 minutes on one core.
+The lower half of the blocks stays as it was pretrained. Most images of training are small, windows of 112 x 112 pixels
+with the object inside, which is four times cheaper, and the last ones are whole. --schedule lists phases: pixels of a
+side, images, and peak learning rate. The default takes about 40 minutes of one core.
 
 The output folder holds
     last.checkpoint      everything: the same command goes on from there after an interruption, to the same result
@@ -54,7 +54,7 @@ from token_merge_plugin.errors import ConfigError, DataError, TokenMergeError
 
 SPLITS = ("train", "test")
 TEST_EVERY = 4  # every so many-th photograph is for the test
-SCHEDULE = "head 112 8000 2e-3, all 112 24000 3e-4, all 224 6400 1e-4"
+SCHEDULE = "112 19200 5e-4, 224 4800 2e-4"
 # Of 224 px: what is cached is no larger than it can be shown.
 OBJECT_SIDE, BACKGROUND_SIDE = 192, 448
 ALIKE = 4.0  # of 255: mean difference of 16 x 16 thumbnails below which two objects are one
@@ -91,7 +91,7 @@ def read_objects(folder: Path, pixels: int = 10_000, colors: float = 0.27) -> li
         image = _cut_out(path, pixels, colors)
         if image is None:
             continue
-        small = np.asarray(image.resize((16, 16), Image.Resampling.BOX)).astype(np.float32)
+        small = np.asarray(image.resize((16, 16), Image.Resampling.BILINEAR)).astype(np.float32)
         if any(np.abs(small - other).mean() < ALIKE for other in seen):
             continue
         seen += [small, small[:, ::-1]]
@@ -163,10 +163,12 @@ class Placement(NamedTuple):
     angle: float  # degrees
     x: float
     y: float
+    window_x: float
+    window_y: float
 
 
 class PastedObjects(Dataset):
-    """Images [3, size, size], normalised by ImageNet's mean and standard deviation, and labels, by number.
+    """Images [3, window, window], normalised by ImageNet's mean and standard deviation, and labels, by number.
 
     Image i shows object i modulo the number of objects.
 
@@ -175,7 +177,8 @@ class PastedObjects(Dataset):
         backgrounds: of one split.
         split: one of `SPLITS`.
         count: number of images.
-        size: pixels of a side. The same image is made in any size.
+        size: pixels of an image's side.
+        window: show only so many pixels of each side, with the object inside as far as it fits; None for all.
         lengths: smallest and largest length of an object, as a share of the image's side.
     """
 
@@ -186,11 +189,12 @@ class PastedObjects(Dataset):
         split: str,
         count: int,
         size: int = 224,
+        window: int | None = None,
         seed: int = 0,
         lengths: tuple[float, float] = (0.2, 0.6),
     ):
         self.objects, self.backgrounds = objects, backgrounds
-        self.count, self.size, self.lengths = count, size, lengths
+        self.count, self.size, self.window, self.lengths = count, size, window or size, lengths
         self.seed = (seed, SPLITS.index(split))
 
     def __len__(self) -> int:
@@ -209,6 +213,8 @@ class PastedObjects(Dataset):
             angle=random.uniform(0, 360),
             x=random.uniform(),
             y=random.uniform(),
+            window_x=random.uniform(),
+            window_y=random.uniform(),
         )
 
     def image(self, number: int) -> Image.Image:
@@ -224,9 +230,16 @@ class PastedObjects(Dataset):
         scale = at.length * self.size / max(thing.size)
         thing = thing.resize([max(1, round(edge * scale)) for edge in thing.size], Image.Resampling.BICUBIC)
         thing = thing.rotate(at.angle, Image.Resampling.BICUBIC, expand=True)
-        corner = [round((self.size - edge) * share) for edge, share in zip(thing.size, (at.x, at.y), strict=True)]
-        canvas.paste(thing, (corner[0], corner[1]), thing)
-        return canvas
+        x, y = (round((self.size - edge) * share) for edge, share in zip(thing.size, (at.x, at.y), strict=True))
+        canvas.paste(thing, (x, y), thing)
+        left, top = self._window(x, thing.width, at.window_x), self._window(y, thing.height, at.window_y)
+        return canvas.crop((left, top, left + self.window, top + self.window))
+
+    def _window(self, start: int, length: int, share: float) -> int:
+        """Return where the window begins, along one side: it holds the object, or nothing but the object."""
+        first, last = sorted((start, start + length - self.window))
+        first, last = max(first, 0), min(last, self.size - self.window)
+        return round(first + (last - first) * share)
 
     def __getitem__(self, number: int) -> tuple[Tensor, int]:
         pixels = torch.from_numpy(np.array(self.image(number))).permute(2, 0, 1).float() / 255
@@ -261,14 +274,13 @@ def write_images(data: PastedObjects, folder: Path) -> None:
 class Phase(NamedTuple):
     """A part of the schedule."""
 
-    trained: str  # "head" or "all"
     size: int  # pixels
     images: int
     lr: float  # peak
 
 
-def read_schedule(text: str) -> list[Phase]:
-    """Return the phases of a text such as "head 112 8000 2e-3, all 224 6400 1e-4".
+def read_schedule(text: str, img_size: int) -> list[Phase]:
+    """Return the phases of a text such as "112 19200 5e-4, 224 4800 2e-4".
 
     Raises:
         ConfigError: a phase is written otherwise.
@@ -276,15 +288,16 @@ def read_schedule(text: str) -> list[Phase]:
     phases = []
     for part in text.split(","):
         try:
-            trained, size, images, lr = part.split()
-            phases.append(Phase(trained, int(size), int(images), float(lr)))
+            size, images, lr = part.split()
+            phase = Phase(int(size), int(images), float(lr))
         except ValueError:
-            phases.append(Phase("", 0, 0, 0.0))
-        if trained not in ("head", "all") or min(phases[-1][1:]) <= 0:
+            phase = Phase(0, 0, 0.0)
+        if min(phase) <= 0 or phase.size > img_size:
             raise ConfigError(
-                f'--schedule: "{part.strip()}" is no phase. Give what is trained ("head" or "all"), pixels, images and '
-                'learning rate, such as "all 224 6400 1e-4", with commas between the phases.'
+                f'--schedule: "{part.strip()}" is no phase. Give pixels, up to {img_size}, images and learning rate, '
+                'such as "224 4800 2e-4", with commas between the phases.'
             )
+        phases.append(phase)
     return phases
 
 
@@ -313,6 +326,15 @@ def build_model(args: argparse.Namespace, num_classes: int) -> Any:
     return model
 
 
+def freeze(model: Any, blocks: int) -> None:
+    """Keep the first blocks of a ViT, and its embeddings, from learning: nothing is propagated back to them."""
+    if blocks:
+        for name in ("cls_token", "reg_token", "pos_embed"):
+            if getattr(model, name, None) is not None:
+                getattr(model, name).requires_grad_(False)
+        nn.ModuleList([model.patch_embed, *model.blocks[:blocks]]).requires_grad_(False)
+
+
 class Training:
     """A training run: everything that it needs, and how far it is.
 
@@ -327,30 +349,27 @@ class Training:
         self.objects = read_objects(args.objects, args.object_pixels, args.object_colors)
         self.backgrounds = read_backgrounds(args.backgrounds)
         self.model = build_model(args, len(self.objects))
-        self.test = self._images("test", args.eval_images, args.img_size)
+        freeze(self.model, args.frozen_blocks)
+        self.test = self._images("test", args.eval_images)
         self.step, self.loss_sum, self.history = 0, 0.0, []
         self.last_saved = time.monotonic()
         self._enter_phase(0)
 
-    def _images(self, split: str, count: int, size: int) -> PastedObjects:
-        return PastedObjects(self.objects, self.backgrounds[split], split, count, size, self.args.seed)
+    def _images(self, split: str, count: int, window: int | None = None) -> PastedObjects:
+        args = self.args
+        return PastedObjects(self.objects, self.backgrounds[split], split, count, args.img_size, window, args.seed)
 
     def _steps(self, phase: int) -> int:
         return -(-self.phases[phase].images // self.args.batch_size)
 
     def _enter_phase(self, phase: int) -> None:
-        trained, size = self.phases[phase].trained, self.phases[phase].size
         self.phase, self.loss_sum = phase, 0.0
         self.first = sum(map(self._steps, range(phase)))
         self.end = self.first + self._steps(phase)
         # Each step shows images that no step before it showed.
-        self.train_images = self._images("train", self.end * self.args.batch_size, size)
-        self.model.requires_grad_(trained == "all")
-        self.model.head.requires_grad_(True)
+        self.train_images = self._images("train", self.end * self.args.batch_size, self.phases[phase].size)
         groups = parameter_groups(self.model, self.args.weight_decay, self.args.layer_decay, fusion_lr_scale=1.0)
-        for group in groups:
-            group["params"] = [parameter for parameter in group["params"] if parameter.requires_grad]
-        self.optimizer = torch.optim.AdamW([group for group in groups if group["params"]])
+        self.optimizer = torch.optim.AdamW(groups)
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast("cpu", torch.bfloat16, enabled=self.args.bfloat16)
@@ -363,10 +382,11 @@ class Training:
                 self._enter_phase(phase)
             bar = tqdm(total=self.end, initial=self.step, desc=f"phase {phase}", unit="step", mininterval=10)
             while self.step < self.end:
+                before = self.loss_sum
                 self.take_step()
+                bar.set_postfix(loss=f"{self.loss_sum - before:.3f}", refresh=False)
                 bar.update()
                 if time.monotonic() - self.last_saved > self.args.save_seconds:
-                    bar.set_postfix(loss=f"{self.loss_sum / (self.step - self.first):.3f}", refresh=False)
                     self.save()
             bar.close()
             if len(self.history) == phase:
@@ -437,7 +457,7 @@ class Training:
 
 def train(args: argparse.Namespace) -> None:
     """Run from the beginning, or go on where an earlier run of the same options was interrupted."""
-    phases = read_schedule(args.schedule)
+    phases = read_schedule(args.schedule, args.img_size)
     args.output.mkdir(parents=True, exist_ok=True)
     saved = read_checkpoint(args)
     training = Training(args, phases)
@@ -469,6 +489,7 @@ def create_parser() -> argparse.ArgumentParser:
     group.add_argument("--init", type=Path, help="its weights without a classifier, safetensors")
     group.add_argument("--schedule", default=SCHEDULE, help=f"phases (default: {SCHEDULE})")
     group.add_argument("--batch-size", type=int, default=32)
+    group.add_argument("--frozen-blocks", type=int, default=6, help="so many blocks, and what is below, do not learn")
     group.add_argument("--weight-decay", type=float, default=0.05)
     group.add_argument("--layer-decay", type=float, default=0.8, help="factor of the learning rate from layer to layer")
     group.add_argument("--label-smoothing", type=float, default=0.1)
@@ -484,7 +505,7 @@ def write_split(args: argparse.Namespace) -> None:
         raise ConfigError(f"--write {' '.join(args.write)}: give {' or '.join(SPLITS)}, a number, and a folder.")
     objects = read_objects(args.objects, args.object_pixels, args.object_colors)
     backgrounds = read_backgrounds(args.backgrounds)[split]
-    write_images(PastedObjects(objects, backgrounds, split, int(count), args.img_size, args.seed), Path(folder))
+    write_images(PastedObjects(objects, backgrounds, split, int(count), args.img_size, seed=args.seed), Path(folder))
 
 
 def main(arguments: list[str] | None = None) -> int:
