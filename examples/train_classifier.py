@@ -19,7 +19,7 @@ opaque pixels, and with many colours. Backgrounds are photographs from any folde
 
 The lower half of the blocks stays as it was pretrained. Most images of training are small, windows of 112 x 112 pixels
 with the object inside, which is four times cheaper, and the last ones are whole. --schedule lists phases: pixels of a
-side, images, and peak learning rate. The default takes about 40 minutes of one core.
+side, images, and peak learning rate. The default takes about half an hour of one core.
 
 The output folder holds
     last.checkpoint      everything: the same command goes on from there after an interruption, to the same result
@@ -54,7 +54,7 @@ from token_merge_plugin.errors import ConfigError, DataError, TokenMergeError
 
 SPLITS = ("train", "test")
 TEST_EVERY = 4  # every so many-th photograph is for the test
-SCHEDULE = "112 19200 5e-4, 224 4800 2e-4"
+SCHEDULE = "112 11200 5e-4, 224 3200 2e-4"
 # Of 224 px: what is cached is no larger than it can be shown.
 OBJECT_SIDE, BACKGROUND_SIDE = 192, 448
 ALIKE = 4.0  # of 255: mean difference of 16 x 16 thumbnails below which two objects are one
@@ -191,7 +191,7 @@ class PastedObjects(Dataset):
         size: int = 224,
         window: int | None = None,
         seed: int = 0,
-        lengths: tuple[float, float] = (0.2, 0.6),
+        lengths: tuple[float, float] = (0.15, 0.5),
     ):
         self.objects, self.backgrounds = objects, backgrounds
         self.count, self.size, self.window, self.lengths = count, size, window or size, lengths
@@ -280,7 +280,7 @@ class Phase(NamedTuple):
 
 
 def read_schedule(text: str, img_size: int) -> list[Phase]:
-    """Return the phases of a text such as "112 19200 5e-4, 224 4800 2e-4".
+    """Return the phases of a text such as "112 11200 5e-4, 224 3200 2e-4".
 
     Raises:
         ConfigError: a phase is written otherwise.
@@ -295,7 +295,7 @@ def read_schedule(text: str, img_size: int) -> list[Phase]:
         if min(phase) <= 0 or phase.size > img_size:
             raise ConfigError(
                 f'--schedule: "{part.strip()}" is no phase. Give pixels, up to {img_size}, images and learning rate, '
-                'such as "224 4800 2e-4", with commas between the phases.'
+                'such as "224 3200 2e-4", with commas between the phases.'
             )
         phases.append(phase)
     return phases

@@ -138,7 +138,7 @@ def test_another_seed_and_another_split_make_other_images(objects, backgrounds):
 
 def test_an_object_lies_anywhere_at_any_angle_and_of_every_length(objects, backgrounds):
     data = PastedObjects(objects, backgrounds["train"], "train", 2000)
-    for name, low, high in (("x", 0, 1), ("y", 0, 1), ("angle", 0, 360), ("length", 0.2, 0.6), ("crop", 0.4, 1)):
+    for name, low, high in (("x", 0, 1), ("y", 0, 1), ("angle", 0, 360), ("length", 0.15, 0.5), ("crop", 0.4, 1)):
         values = np.array([getattr(data.placement(number), name) for number in range(0, 2000, 4)])
         assert ((values >= low) & (values <= high)).all()
         counts, _ = np.histogram(values, bins=5, range=(low, high))
@@ -160,7 +160,7 @@ def test_an_object_is_as_long_as_its_placement_says():
 
 def test_a_window_is_a_part_of_the_image_with_the_whole_object_in_it():
     data = white_on_black(100, 60, 40, size=96)
-    windows = white_on_black(100, 60, 40, size=96, window=72)  # an object is at most 67 pixels wide
+    windows = white_on_black(100, 60, 40, size=96, window=72)  # an object is at most 56 pixels wide
     corners = set()
     for number in range(40):
         whole, part = np.asarray(data.image(number)), np.asarray(windows.image(number))
