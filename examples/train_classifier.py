@@ -40,7 +40,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import timm
 import torch
-from finetune import parameter_groups, read_checkpoint, write
+from finetune import keep_freed_memory, parameter_groups, read_checkpoint, write
 from PIL import Image
 from real_weights import MODEL, fit_positions, read_photographs
 from safetensors.torch import load_file, save_file
@@ -513,6 +513,7 @@ def main(arguments: list[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     free = ("output", "save_seconds", "write")  # the result does not depend on them
     args.run = {name: str(value) for name, value in vars(args).items() if name not in free}
+    keep_freed_memory()
     try:
         if args.write is not None:
             write_split(args)
