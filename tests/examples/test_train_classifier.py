@@ -1,8 +1,6 @@
 """examples/train_classifier.py: the images it makes, and the same training whether it was interrupted or not."""
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -10,18 +8,15 @@ import numpy as np
 import pytest
 import timm
 import torch
+import train_classifier
+from checks import EXAMPLES, run_program
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from timm.data import create_dataset
 from timm.models import load_checkpoint
+from train_classifier import PastedObjects, Picture
 
 from token_merge_plugin.errors import DataError
-
-EXAMPLES = Path(__file__).parents[1] / "examples"
-sys.path.insert(0, str(EXAMPLES))
-
-import train_classifier  # noqa: E402
-from train_classifier import PastedObjects, Picture  # noqa: E402
 
 NAMES = ["birds/owl", "frog", "zebra"]
 
@@ -282,8 +277,7 @@ sys.exit(train_classifier.main())
     )
     options = command(folders, output, "--save-seconds", save_seconds)
     # One thread, as in the tests' own process: sums over several have other bits.
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    ended = subprocess.run([sys.executable, script, *options], capture_output=True, check=False, env=environment)
+    ended = run_program(sys.executable, script, *options, OMP_NUM_THREADS="1")
     assert ended.returncode == -9, ended.stderr
     saved = torch.load(output / "last.checkpoint", weights_only=True)
     assert (saved["step"], len(saved["history"])) == (step, phases)

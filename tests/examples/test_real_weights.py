@@ -1,26 +1,21 @@
 """The conversion of a public ONNX file with real weights, on a tiny file of the same make."""
 
 import re
-import sys
 import zipfile
-from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
+import real_weights
 import timm
 import torch
+from checks import EXAMPLES
 from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 from safetensors.torch import load_file
 from timm.models.vision_transformer import VisionTransformer
 
 from token_merge_plugin.errors import DataError
-
-EXAMPLES = Path(__file__).parents[1] / "examples"
-sys.path.insert(0, str(EXAMPLES))
-
-import real_weights  # noqa: E402
 
 DEPTH, CHANNELS, HEADS, HIDDEN, PATCH, GRID = 2, 32, 2, 64, 14, 3
 SIZE = 28  # pixels that the file takes: 2 x 2 patches, fewer than its position embedding has
