@@ -182,6 +182,11 @@ def _facts(result: TrialResult) -> list[Fact]:
         facts.append(Fact(f"{row.agreement:.2%}", "same predictions", "as the unpatched model's, image by image"))
     elif row.cosine is not None:
         facts.append(Fact(f"{row.cosine:.4f}", "cosine similarity", "of the features with the unpatched model's"))
+    if row.patch_error is not None:
+        detail = "their distance to the unpatched model's, as a share of the length of these"
+        facts.append(Fact(f"{row.patch_error:.1%}", "error of the patch tokens", detail))
+    if row.head_change is not None:
+        facts.append(Fact(f"{row.head_change:.3g}", "change of the head's output", "mean absolute difference"))
     return facts
 
 
@@ -320,6 +325,7 @@ def _draw_scale(axes: "Axes", result: TrialResult, points: Sequence[Point]) -> N
         "top-1": ("difference in top-1, points", lambda y, _: f"{y:+.4g}" if y else "0"),
         "agreement": ("same prediction, % of the images", lambda y, _: f"{100 + y:.4g}" if y < 1e-9 else ""),
         "cosine": ("cosine similarity of the features", lambda y, _: f"{1 + y / 100:.4g}" if y < 1e-9 else ""),
+        "patch error": ("error of the patch tokens, %", lambda y, _: f"{abs(y):.4g}" if y < 1e-9 else ""),
         None: ("accuracy: not measured", lambda y, _: ""),
     }
     label, formatter = labels[measure]
@@ -376,7 +382,12 @@ def _chart_svg(result: TrialResult, size: tuple[int, int], prefix: str = "") -> 
 
 def _chart_words(result: TrialResult) -> str:
     """Describe the chart for those who do not see it."""
-    names = {"top-1": "points of top-1", "agreement": "points of same predictions", "cosine": "hundredths of cosine"}
+    names = {
+        "top-1": "points of top-1",
+        "agreement": "points of same predictions",
+        "cosine": "hundredths of cosine",
+        "patch error": "% of the patch tokens' length",
+    }
     unit = names.get(measure_of(result) or "")
     sentences = ["Speed-up and difference to the unpatched model."]
     for method, series in _points(result).items():
