@@ -192,8 +192,9 @@ def _what_stays(result: TrialResult, row: TrialRow, measure: str) -> str:
         moved = [] if row.patch_error is None else [f"the patch tokens by {100 * row.patch_error:.1f} %"]
         moved += [] if row.head_change is None else [f"the head's output by {row.head_change:.3g}"]
         moves = [f"moves {' and '.join(moved)}"] if moved else []
-        features = [f"gives features with a cosine similarity of {row.cosine:.3f} to the unpatched ones"]
-        return " and ".join([*(features if measure == "cosine" else []), *moves])
+        if measure == "cosine":
+            moves.insert(0, f"gives features with a cosine similarity of {row.cosine:.3f} to the unpatched ones")
+        return " and ".join(moves)
     if measure == "agreement":
         assert row.agreement is not None
         return f"gives the same prediction for {_share(row.agreement)} the images"

@@ -41,7 +41,8 @@ SERIES: dict[str, tuple[str, str, Any]] = {
     "prune": ("#b4508a", "D", (0, (1, 1.5))),
     "random": ("#6e6e6e", "X", (0, (3, 2, 1, 2, 1, 2))),
 }
-# Losses beyond this many points are drawn on a logarithmic scale: one bad method must not flatten all the others.
+# Losses beyond this many points, or times the tolerable loss if that is more, are drawn on a logarithmic scale: one bad
+# method must not flatten all the others.
 LINEAR_POINTS = 5.0
 
 
@@ -142,7 +143,7 @@ def write_png(result: TrialResult, path: str | Path) -> None:
     with _own_style():
         figure = _chart(result, (760, 520))
         figure.set_layout_engine("constrained", w_pad=0.12, h_pad=0.1)
-        title = "\n".join(textwrap.wrap(verdict(result), 84))
+        title = "\n".join(textwrap.wrap(verdict(result), 64))
         figure.suptitle(title, x=0.02, ha="left", size=13, weight="bold", color=COLOURS["ink"])
         source = f"{result.model}; {result.data}; {result.device}, {result.dtype}"
         figure.supxlabel(textwrap.shorten(source, 120, placeholder=" ..."), size=9, color=COLOURS["muted"])
@@ -332,11 +333,11 @@ def _draw_scale(axes: "Axes", result: TrialResult, points: Sequence[Point]) -> N
     lowest = min([point.difference for point in points], default=0)
     bottom = min([-2 * tolerance, *(1.15 * point.interval[0] for point in points)])
     top = max([0.3 * tolerance, *(1.25 * point.interval[1] for point in points)])
-    if lowest < -LINEAR_POINTS:
-        axes.set_yscale("symlog", linthresh=1, linscale=0.8)
-        axes.set_yticks(
-            [tick for tick in (5, 2, 1, 0.5, 0, -0.5, -1, -2, -5, -10, -20, -50, -100) if bottom <= tick <= top]
-        )
+    unit = max(1, tolerance)
+    if lowest < -LINEAR_POINTS * unit:
+        axes.set_yscale("symlog", linthresh=unit, linscale=0.8)
+        ticks = [unit * tick for tick in (5, 2, 1, 0.5, 0, -0.5, -1, -2, -5, -10, -20, -50, -100)]
+        axes.set_yticks([tick for tick in ticks if bottom <= tick <= top])
         axes.minorticks_off()
         label += " (log scale)"
     axes.set_ylim(bottom, top)
