@@ -224,7 +224,7 @@ def _see(model: nn.Module, images: Tensor, head: Head | None) -> Seen:
         tokens = model.forward_features(images)  # type: ignore[operator]
     output, features = _with_features(model, images, tokens)
     readings = Readings() if tokens is None else read(model, tokens, head)
-    are_patches = features.ndim > 2 and features[0, 0].numel() > 1
+    are_patches = features.ndim > 2 and features.flatten(2).shape[2] > 1
     are_measured = are_patches and readings.patches is not None
     return Seen(output.flatten(1).float(), None if are_measured else features.flatten(1).float(), readings)
 
