@@ -150,6 +150,47 @@ def test_without_classes_the_verdict_is_about_the_features():
     )
 
 
+def without_classes(*rows, **changes):
+    errors = {"patch_error": 0.0, "class_error": 0.0, "head_change": 0.0 if rows[0].head_change is not None else None}
+    unpatched, *patched = without([dataclasses.replace(UNPATCHED, **errors), *rows], CLASSES)
+    return result_of(*patched, unpatched=unpatched, labelled=False, **changes)
+
+
+def test_with_a_head_the_verdict_is_about_the_patch_tokens_and_says_what_the_head_makes_of_them():
+    result = without_classes(
+        row(0.8, patch_error=0.081, head_change=0.00983, cosine=0.95, speed_up=1.21),
+        row(0.5, patch_error=0.148, head_change=0.0213, cosine=0.999, speed_up=1.46),
+    )
+    assert verdict(result) == (
+        "Keep rate 0.8 moves the patch tokens by 8.1 % and the head's output by 0.00983 at 1.21x the speed."
+    )
+    assert best_row(without_classes(row(patch_error=0.1, head_change=1.0))) is not None
+    assert best_row(without_classes(row(patch_error=0.1001, head_change=1.0))) is None
+    assert verdict(without_classes(row(0.9, patch_error=0.121, head_change=0.02))) == (
+        "Token merging does not help here: at keep rate 0.9 the patch tokens are already 12.1 % off."
+    )
+    assert "the patch tokens stay, but" in verdict(without_classes(row(patch_error=0.05, head_change=1.0, speed_up=1)))
+
+
+def test_tokens_that_are_not_pooled_are_judged_by_their_error():
+    result = without_classes(row(0.8, patch_error=0.081, cosine=None, speed_up=1.21))
+    assert verdict(result) == "Keep rate 0.8 moves the patch tokens by 8.1 % at 1.21x the speed."
+
+
+def test_pooled_features_are_judged_by_the_cosine_and_heads_of_patch_tokens_get_advice_of_their_own():
+    mild = row(0.9, cosine=0.9995, patch_error=0.0651, speed_up=1.1)
+    result = without_classes(mild, row(0.7, cosine=0.9949, patch_error=0.2034, speed_up=1.43))
+    said = (
+        "Keep rate 0.7 gives features with a cosine similarity of 0.995 to the unpatched ones and moves the patch "
+        "tokens by 20.3 % at 1.43x the speed. For a head that reads the patch tokens, where up to 10 % are tolerable, "
+    )
+    assert verdict(result) == (
+        f"{said}keep rate 0.9 is recommended: it moves the patch tokens by 6.5 % at 1.10x the speed."
+    )
+    assert verdict(without_classes(*result.rows[2:])) == f"{said}no setting that was tried is recommended."
+    assert verdict(without_classes(mild)).endswith("moves the patch tokens by 6.5 % at 1.10x the speed.")
+
+
 def test_if_no_loss_is_tolerable_the_mildest_keep_rate_says_so():
     result = result_of(row(0.5, difference=-0.3), row(0.9, difference=-0.021), row(0.9, "tome", difference=-0.04))
     assert best_row(result) is None
@@ -298,6 +339,34 @@ def test_json_gives_the_same_result_back():
     assert from_json(to_json(result)) == result
 
 
+def test_json_keeps_the_errors_of_tokens_and_takes_results_written_before_there_were_any():
+    result = without_classes(row(patch_error=0.081, class_error=0.03, head_change=0.0098))
+    assert from_json(to_json(result)) == result
+    values = json.loads(to_json(result_of(row())))
+    for old in values["rows"]:
+        for name in ("patch_error", "class_error", "head_change"):
+            del old[name]
+    assert from_json(json.dumps(values)) == result_of(row())
+
+
+def test_the_table_and_csv_show_the_errors_of_tokens():
+    result = without_classes(row(patch_error=0.081, class_error=0.03, head_change=0.00983))
+    lost = format_table(result).split("\n\n")[1].splitlines()
+    assert cells(lost[0]) == ["method", "keep rate", "cosine", "patch error", "class error", "head change"]
+    assert cells(lost[3]) == ["merge", "0.7", "0.9987", "8.10%", "3.00%", "0.00983"]
+    written = list(csv.DictReader(io.StringIO(to_csv(result))))[1]
+    assert [written[name] for name in ("patch_error", "class_error", "head_change")] == ["0.081", "0.03", "0.00983"]
+
+
+def test_the_report_shows_the_errors_of_tokens(tmp_path):
+    write_html(without_classes(row(0.8, patch_error=0.081, head_change=0.00983)), [], tmp_path / "report.html")
+    text = (tmp_path / "report.html").read_text()
+    assert "<strong>8.1%</strong> <span>error of the patch tokens</span>" in text
+    assert "<strong>0.00983</strong> <span>change of the head&#39;s output</span>" in text
+    assert "error of the patch tokens, %" in text
+    assert "keep rate 0.8: 1.50x, -8.10 % of the patch tokens&#x27; length" in text
+
+
 def test_json_is_strict_where_numbers_are_not_finite():
     text = to_json(result_of(row(kl=float("inf"), cosine=float("nan"))))
     json.loads(text, parse_constant=pytest.fail)
@@ -421,6 +490,7 @@ def test_pictures_are_embedded_as_whatever_is_smaller():
         without_labels(row(0.9), row(0.7, agreement=0.5)),
         without_labels(row(0.9), fields=CLASSES),
         without_labels(row(), fields=(*CLASSES, "cosine"), images=0),
+        without_classes(row(0.9, patch_error=0.06, head_change=0.01), row(0.5, patch_error=0.4, head_change=0.1)),
         without_labels(row(agreement=float("nan"))),
         result_of(dataclasses.replace(row(method="tome"), keep_rate=None), model="a $name$ with $ signs"),
         result_of(refused={"merge": "a reason"}, unreadable=tuple(f"{i}.jpg" for i in range(150))),
@@ -434,6 +504,14 @@ def test_any_result_has_a_report_and_a_chart(tmp_path, result):
     assert ("and 50 more" in text) == (len(result.unreadable) == 150)
     with Image.open(tmp_path / "chart.png") as chart:
         assert chart.size == (1520, 1040)
+
+
+def test_the_title_of_the_chart_fits_onto_it(tmp_path):
+    errors = {"patch_error": 0.081, "head_change": 0.0112}
+    for result in (without_classes(row(0.8, **errors)), result_of(row(0.9, difference=-0.021)), full_result()):
+        write_png(result, tmp_path / "chart.png")
+        with Image.open(tmp_path / "chart.png") as chart:
+            assert np.asarray(chart.convert("L"))[:, -12:].min() == 255
 
 
 def test_charts_leave_the_settings_of_other_plots_alone(tmp_path):

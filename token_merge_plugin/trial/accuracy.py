@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import astuple, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from token_merge_plugin.config import MergeConfig
+from token_merge_plugin.trial.dense import Head, Readings, change, evaluating_head, is_dense, read, relative_error
 from token_merge_plugin.trial.images import Batch, Images
 from token_merge_plugin.trial.journal import Journal
 from token_merge_plugin.trial.measuring import halved, plan
@@ -19,7 +20,10 @@ from token_merge_plugin.trial.results import UNPATCHED
 
 @dataclass
 class Counts:
-    """Sums over images. `gained`: got right by this contender alone; `lost`: by the unpatched model alone."""
+    """Sums over images. `gained`: got right by this contender alone; `lost`: by the unpatched model alone.
+
+    None where it was not measured on all of them.
+    """
 
     images: int = 0
     top1: int = 0
@@ -28,10 +32,31 @@ class Counts:
     lost: int = 0
     agree: int = 0
     kl: float = 0.0
-    cosine: float = 0.0
+    cosine: float | None = None
+    patch_error: float | None = None
+    class_error: float | None = None
+    head_change: float | None = None
 
     def add(self, other: "Counts") -> "Counts":
-        return Counts(*(mine + more for mine, more in zip(astuple(self), astuple(other), strict=True)))
+        if not self.images:
+            return other
+        pairs = zip(astuple(self), astuple(other), strict=True)
+        sums: list[Any] = [None if mine is None or more is None else mine + more for mine, more in pairs]
+        return Counts(*sums)
+
+
+class Seen(NamedTuple):
+    """What one forward pass gave, in float32.
+
+    Attributes:
+        output: [B, classes].
+        features: [B, D], what goes into the classifier; None where that is the patch tokens themselves.
+        readings: what a dense model is read for.
+    """
+
+    output: Tensor
+    features: Tensor | None
+    readings: Readings
 
 
 class Comparison:
@@ -44,8 +69,8 @@ class Comparison:
         batch_size: images a forward pass, halved where memory runs out.
     """
 
-    def __init__(self, model: nn.Module, data: Images):
-        self.model, self.data = model, data
+    def __init__(self, model: nn.Module, data: Images, head: Head | None = None):
+        self.model, self.data, self.head = model, data, head
         self.counts: dict[str, Counts] = {}
         self.unreadable: list[str] = []
         self.total = len(data)
@@ -83,7 +108,15 @@ class Comparison:
     def _compared(self, configs: Iterable[MergeConfig | None], batch: Batch) -> list[Counts]:
         while True:
             try:
-                return compare(self.model, [*configs], batch.images, batch.labels, batch_size=self.batch_size)
+                with evaluating_head(self.head):
+                    return compare(
+                        self.model,
+                        [*configs],
+                        batch.images,
+                        batch.labels,
+                        batch_size=self.batch_size,
+                        head=self.head,
+                    )
             except torch.OutOfMemoryError:
                 self.batch_size = halved(min(self.batch_size, len(batch.images)))
 
@@ -106,10 +139,13 @@ class Comparison:
         if counts is None or not counts.images:
             return {}
         images = counts.images
-        fields: dict[str, Any] = {"cosine": counts.cosine / images}
-        classes = getattr(self.model, "num_classes", None)
-        if classes == 0:
+        means = ("cosine", "patch_error", "class_error", "head_change")
+        fields: dict[str, Any] = {
+            name: total / images for name in means if (total := getattr(counts, name)) is not None
+        }
+        if is_dense(self.model, self.head):
             return fields
+        classes = getattr(self.model, "num_classes", None)
         fields |= {"agreement": counts.agree / images, "kl": counts.kl / images}
         if self.data.labelled:
             fields["top1"] = counts.top1 / images
@@ -122,7 +158,13 @@ class Comparison:
 
 @torch.inference_mode()
 def compare(
-    model: nn.Module, configs: Sequence[MergeConfig | None], images: Tensor, labels: Tensor, *, batch_size: int
+    model: nn.Module,
+    configs: Sequence[MergeConfig | None],
+    images: Tensor,
+    labels: Tensor,
+    *,
+    batch_size: int,
+    head: Head | None = None,
 ) -> list[Counts]:
     """Run images through one model under several configs, and compare each with the first.
 
@@ -132,45 +174,81 @@ def compare(
         images: [B, C, H, W].
         labels: [B], class indices; -1 where there is none.
         batch_size: images a forward pass, if fewer than B.
+        head: in eval mode; see `dense.Head`.
     """
-    outputs = []
-    for config in configs:
-        plan(model, config)
-        parts = [_with_features(model, part) for part in images.split(batch_size)]
-        outputs.append([torch.cat(part) for part in zip(*parts, strict=True)])
-    (logits, features), counts = outputs[0], []
-    right = logits.argmax(1) == labels
-    for mine, my_features in outputs:
-        is_right = mine.argmax(1) == labels
-        among5 = mine.topk(min(5, mine.shape[1]), dim=1).indices == labels[:, None]
-        kl = F.kl_div(mine.log_softmax(1), logits.log_softmax(1), log_target=True, reduction="sum")
-        numbers = (
-            is_right.sum(),
-            among5.any(dim=1).sum(),
-            (is_right & ~right).sum(),
-            (right & ~is_right).sum(),
-            (mine.argmax(1) == logits.argmax(1)).sum(),
-        )
-        cosine = F.cosine_similarity(my_features, features, dim=1).sum()
-        top1, top5, gained, lost, agree = (int(number) for number in numbers)
-        counts.append(Counts(len(labels), top1, top5, gained, lost, agree, max(0.0, kl.item()), cosine.item()))
+    counts = [Counts() for _ in configs]
+    for part, part_labels in zip(images.split(batch_size), labels.split(batch_size), strict=True):
+        first: Seen | None = None  # tokens are large: no more than two passes' are held at a time
+        for number, config in enumerate(configs):
+            seen = _see(plan(model, config), part, head)
+            first = first or seen
+            counts[number] = counts[number].add(_count(seen, first, part_labels))
     return counts
 
 
-def _with_features(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the output [B, classes] and what goes into the classifier, flattened [B, D], both in float32."""
+def _count(mine: Seen, unpatched: Seen, labels: Tensor) -> Counts:
+    logits, my_logits = unpatched.output, mine.output
+    right, is_right = logits.argmax(1) == labels, my_logits.argmax(1) == labels
+    among5 = my_logits.topk(min(5, my_logits.shape[1]), dim=1).indices == labels[:, None]
+    kl = F.kl_div(my_logits.log_softmax(1), logits.log_softmax(1), log_target=True, reduction="sum")
+    numbers = (
+        is_right.sum(),
+        among5.any(dim=1).sum(),
+        (is_right & ~right).sum(),
+        (right & ~is_right).sum(),
+        (my_logits.argmax(1) == logits.argmax(1)).sum(),
+    )
+    top1, top5, gained, lost, agree = (int(number) for number in numbers)
+    cosine = None
+    if mine.features is not None and unpatched.features is not None:
+        cosine = F.cosine_similarity(mine.features, unpatched.features, dim=1).sum().item()
+    return Counts(
+        len(labels),
+        top1,
+        top5,
+        gained,
+        lost,
+        agree,
+        max(0.0, kl.item()),
+        cosine,
+        relative_error(mine.readings.patches, unpatched.readings.patches),
+        relative_error(mine.readings.class_token, unpatched.readings.class_token),
+        change(mine.readings.head, unpatched.readings.head),
+    )
+
+
+def _see(model: nn.Module, images: Tensor, head: Head | None) -> Seen:
+    """Run a batch through the model, and read its tokens on the way if it is dense."""
+    tokens: Any = None
+    if is_dense(model, head) and hasattr(model, "forward_features"):
+        tokens = model.forward_features(images)  # type: ignore[operator]
+    output, features = _with_features(model, images, tokens)
+    readings = Readings() if tokens is None else read(model, tokens, head)
+    are_patches = features.ndim > 2 and features.flatten(2).shape[2] > 1
+    are_measured = are_patches and readings.patches is not None
+    return Seen(output.flatten(1).float(), None if are_measured else features.flatten(1).float(), readings)
+
+
+def _with_features(model: Any, images: Tensor, tokens: Any) -> tuple[Tensor, Tensor]:
+    """Return the output, and what goes into the classifier: the output itself where that cannot be seen.
+
+    Args:
+        tokens: what `forward_features` made of the images: the pass goes on there; None to run it whole.
+    """
     seen: list[Tensor] = []
-    head: Any = getattr(model, "get_classifier", lambda: None)()
-    if isinstance(head, tuple | list | nn.ModuleList):  # one for each of several class tokens
-        head = head[0]
-    hook = head.register_forward_pre_hook(lambda _, args: seen.append(args[0])) if isinstance(head, nn.Module) else None
+    classifier: Any = getattr(model, "get_classifier", lambda: None)()
+    if isinstance(classifier, tuple | list | nn.ModuleList):  # one for each of several class tokens
+        classifier = classifier[0]
+    hook = None
+    if isinstance(classifier, nn.Module):
+        hook = classifier.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     try:
-        output = model(images)
+        goes_on = isinstance(tokens, Tensor) and hasattr(model, "forward_head")
+        output = model.forward_head(tokens) if goes_on else model(images)
     finally:
         if hook is not None:
             hook.remove()
-    output = output.flatten(1).float()
-    return output, seen[0].flatten(1).float() if seen else output
+    return output, seen[0] if seen else output
 
 
 def paired_interval(gained: int, lost: int, images: int) -> tuple[float, float]:

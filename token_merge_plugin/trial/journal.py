@@ -32,7 +32,7 @@ class Journal:
             self.entries = [json.loads(line) for line in whole]
             if self.entries and self.entries[0].get("trial") != trial:
                 known = self.entries[0].get("trial") or {}
-                what = [key for key in trial if known.get(key) != trial[key]]
+                what = [key for key in trial | known if known.get(key) != trial.get(key)]
                 raise ConfigError(
                     f"{path} holds the results of another trial: it differs in {', '.join(what)}. Name another file, "
                     "or delete this one."

@@ -4,8 +4,9 @@ from collections.abc import Callable, Sequence
 
 from token_merge_plugin.trial.results import TrialResult, TrialRow, patched
 
-# What a loss may come to, and still be called tolerable: 0.5 points of top-1, 1 % of the predictions, 0.01 of cosine.
-TOLERANCES = {"top-1": 0.005, "agreement": 0.01, "cosine": 0.01}
+# What a loss may come to, and still be called tolerable: 0.5 points of top-1, 1 % of the predictions, 0.01 of cosine,
+# 10 % of the patch tokens' length. On a pretrained ViT with a dense head that moves the head's probabilities by 0.012.
+TOLERANCES = {"top-1": 0.005, "agreement": 0.01, "cosine": 0.01, "patch error": 0.1}
 # A speed-up below this is not worth a change.
 WORTHWHILE = 1.05
 # Speeds that differ by less than this share are equal: they vary by as much from run to run.
@@ -19,24 +20,33 @@ def measure_of(result: TrialResult) -> str | None:
     """Return what the loss is measured by: a key of `TOLERANCES`, or None where nothing was classified.
 
     Top-1 for labelled images, unless the unpatched model gets none of them right; else the agreement with the unpatched
-    model; else, for models without classes, the cosine similarity of the features.
+    model; else, for models without classes, what is read of them. Where a head was given, or where the model returns
+    its tokens as they are, that is the error of the patch tokens; else the cosine similarity of the pooled features.
     """
-    return next(
-        (name for name in TOLERANCES if any(loss(result, row, name) is not None for row in patched(result))), None
-    )
+    rows = patched(result)
+    measures = [name for name in TOLERANCES if any(loss(result, row, name) is not None for row in rows)]
+    if "patch error" in measures and any(row.head_change is not None for row in rows):
+        return "patch error"
+    return next(iter(measures), None)
 
 
 def loss(result: TrialResult, row: TrialRow, measure: str | None) -> float | None:
     """Return what the row loses against the unpatched model by a measure of `TOLERANCES`: 0 is nothing."""
     if measure == "top-1":
         return None if row.top1_difference is None or not result.rows[0].top1 else -row.top1_difference
+    if measure == "patch error":
+        return row.patch_error
     value = {"agreement": row.agreement, "cosine": row.cosine}.get(measure or "")
     return None if value is None else 1 - value
 
 
-def best_row(result: TrialResult) -> TrialRow | None:
-    """Return the row that the verdict recommends, by the rule of `verdict`; None if it recommends none."""
-    rows = _tolerable(result)
+def best_row(result: TrialResult, measure: str | None = None) -> TrialRow | None:
+    """Return the row that the verdict recommends, by the rule of `verdict`; None if it recommends none.
+
+    Args:
+        measure: what the loss is to be measured by; None for `measure_of`.
+    """
+    rows = _tolerable(result, measure or measure_of(result))
     if not any(row.speed_up is not None for row in patched(result)):
         return _preferred(rows, lambda row: row.reduction)
     fast = [row for row in rows if row.speed_up is not None and row.speed_up >= WORTHWHILE]
@@ -48,12 +58,15 @@ def verdict(result: TrialResult) -> str:
 
     The rule: a loss is tolerable if top-1 falls by at most 0.5 points; where there is no top-1, if the prediction stays
     the same for at least 99 % of the images; for models without classes, if the features have a mean cosine similarity
-    of at least 0.99 with the unpatched ones. Of the rows whose loss is tolerable, the fastest is recommended, over all
-    methods, if it is at least 1.05x as fast as the unpatched model. Rows within 2 % of the fastest are equally fast,
-    and of those `merge` is preferred. Where no speed was measured, the row with the fewest multiply-adds stands in.
+    of at least 0.99 with the unpatched ones; where a head was given, or where the model returns its tokens without
+    pooling them, if the patch tokens have a mean relative error of at most 10 %. Of the rows whose loss is tolerable,
+    the fastest is recommended, over all methods, if it is at least 1.05x as fast as the unpatched model. Rows within
+    2 % of the fastest are equally fast, and of those `merge` is preferred. Where no speed was measured, the row with
+    the fewest multiply-adds stands in.
 
     It is added if the trial was interrupted, if there were too few images to tell (fewer than 300, or a confidence
-    interval wider than +-1 point), and if the unpatched model gets no label right.
+    interval wider than +-1 point), and if the unpatched model gets no label right; and, where a model without classes
+    was judged by its pooled features, what to choose for a head that reads the patch tokens, if that is another row.
     """
     row, sentence = _judge(result)
     return " ".join([sentence, *_caveats(result, row)])
@@ -82,7 +95,7 @@ def _judge(result: TrialResult) -> tuple[TrialRow | None, str]:
 
 
 def _why_nothing_helps(result: TrialResult, measure: str) -> tuple[TrialRow, str]:
-    tolerable = _tolerable(result)
+    tolerable = _tolerable(result, measure)
     losses = {row: lost for row in patched(result) if (lost := loss(result, row, measure)) is not None}
     if not tolerable:
         mildest = max(row.keep_rate or 0.0 for row in losses)
@@ -90,7 +103,12 @@ def _why_nothing_helps(result: TrialResult, measure: str) -> tuple[TrialRow, str
         higher = " Higher keep rates were not tried." if 0 < mildest < 0.9 else ""
         return row, f"at {_name(row, start=False)} {_what_is_lost(losses[row], measure, ' already')}.{higher}"
     timed = [row for row in tolerable if row.speed_up is not None]
-    what = {"top-1": "the accuracy stays", "agreement": "the predictions stay", "cosine": "the features stay"}[measure]
+    what = {
+        "top-1": "the accuracy stays",
+        "agreement": "the predictions stay",
+        "cosine": "the features stay",
+        "patch error": "the patch tokens stay",
+    }[measure]
     if not timed:
         return tolerable[0], f"{what} at {_name(tolerable[0], start=False)}, but its speed was not measured."
     row = max(timed, key=lambda row: row.speed_up or 0.0)
@@ -117,6 +135,8 @@ def _caveats(result: TrialResult, row: TrialRow | None) -> list[str]:
     measure = measure_of(result)
     if row is None or measure is None:
         return caveats
+    if measure == "cosine" and row == best_row(result) and not _is_tolerable(row.patch_error):
+        caveats.append(_advice_for_heads(result))
     if measure == "top-1" and row.top1_interval is not None:
         half = (row.top1_interval[1] - row.top1_interval[0]) / 2
         if half > WIDEST_INTERVAL:
@@ -127,8 +147,21 @@ def _caveats(result: TrialResult, row: TrialRow | None) -> list[str]:
     return caveats
 
 
-def _tolerable(result: TrialResult) -> list[TrialRow]:
-    measure = measure_of(result)
+def _is_tolerable(patch_error: float | None) -> bool:
+    return patch_error is None or patch_error <= TOLERANCES["patch error"]
+
+
+def _advice_for_heads(result: TrialResult) -> str:
+    row = best_row(result, "patch error")
+    advice = "no setting that was tried is recommended"
+    if row is not None:
+        advice = f"{_name(row, start=False)} is recommended: it {_what_stays(result, row, 'patch error')}"
+        if row.speed_up is not None:
+            advice += f" at {row.speed_up:.2f}x the speed"
+    return f"For a head that reads the patch tokens, where up to 10 % are tolerable, {advice}."
+
+
+def _tolerable(result: TrialResult, measure: str | None) -> list[TrialRow]:
     rows = []
     for row in patched(result):
         lost = loss(result, row, measure)
@@ -155,8 +188,13 @@ def _name(row: TrialRow, start: bool = True) -> str:
 
 
 def _what_stays(result: TrialResult, row: TrialRow, measure: str) -> str:
-    if measure == "cosine":
-        return f"gives features with a cosine similarity of {row.cosine:.3f} to the unpatched ones"
+    if measure in ("cosine", "patch error"):
+        moved = [] if row.patch_error is None else [f"the patch tokens by {100 * row.patch_error:.1f} %"]
+        moved += [] if row.head_change is None else [f"the head's output by {row.head_change:.3g}"]
+        moves = [f"moves {' and '.join(moved)}"] if moved else []
+        if measure == "cosine":
+            moves.insert(0, f"gives features with a cosine similarity of {row.cosine:.3f} to the unpatched ones")
+        return " and ".join(moves)
     if measure == "agreement":
         assert row.agreement is not None
         return f"gives the same prediction for {_share(row.agreement)} the images"
@@ -178,4 +216,6 @@ def _what_is_lost(lost: float, measure: str, already: str = "") -> str:
         return f"the model is{already} {100 * lost:.1f} points less accurate"
     if measure == "agreement":
         return f"the predictions are{already} different for {100 * lost:.1f} % of the images"
+    if measure == "patch error":
+        return f"the patch tokens are{already} {100 * lost:.1f} % off"
     return f"the features are{already} down to a cosine similarity of {1 - lost:.3f}"

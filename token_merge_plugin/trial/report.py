@@ -41,7 +41,8 @@ SERIES: dict[str, tuple[str, str, Any]] = {
     "prune": ("#b4508a", "D", (0, (1, 1.5))),
     "random": ("#6e6e6e", "X", (0, (3, 2, 1, 2, 1, 2))),
 }
-# Losses beyond this many points are drawn on a logarithmic scale: one bad method must not flatten all the others.
+# Losses beyond this many points, or times the tolerable loss if that is more, are drawn on a logarithmic scale: one bad
+# method must not flatten all the others.
 LINEAR_POINTS = 5.0
 
 
@@ -142,7 +143,7 @@ def write_png(result: TrialResult, path: str | Path) -> None:
     with _own_style():
         figure = _chart(result, (760, 520))
         figure.set_layout_engine("constrained", w_pad=0.12, h_pad=0.1)
-        title = "\n".join(textwrap.wrap(verdict(result), 84))
+        title = "\n".join(textwrap.wrap(verdict(result), 64))
         figure.suptitle(title, x=0.02, ha="left", size=13, weight="bold", color=COLOURS["ink"])
         source = f"{result.model}; {result.data}; {result.device}, {result.dtype}"
         figure.supxlabel(textwrap.shorten(source, 120, placeholder=" ..."), size=9, color=COLOURS["muted"])
@@ -182,6 +183,11 @@ def _facts(result: TrialResult) -> list[Fact]:
         facts.append(Fact(f"{row.agreement:.2%}", "same predictions", "as the unpatched model's, image by image"))
     elif row.cosine is not None:
         facts.append(Fact(f"{row.cosine:.4f}", "cosine similarity", "of the features with the unpatched model's"))
+    if row.patch_error is not None:
+        detail = "their distance to the unpatched model's, as a share of the length of these"
+        facts.append(Fact(f"{row.patch_error:.1%}", "error of the patch tokens", detail))
+    if row.head_change is not None:
+        facts.append(Fact(f"{row.head_change:.3g}", "change of the head's output", "mean absolute difference"))
     return facts
 
 
@@ -320,17 +326,18 @@ def _draw_scale(axes: "Axes", result: TrialResult, points: Sequence[Point]) -> N
         "top-1": ("difference in top-1, points", lambda y, _: f"{y:+.4g}" if y else "0"),
         "agreement": ("same prediction, % of the images", lambda y, _: f"{100 + y:.4g}" if y < 1e-9 else ""),
         "cosine": ("cosine similarity of the features", lambda y, _: f"{1 + y / 100:.4g}" if y < 1e-9 else ""),
+        "patch error": ("error of the patch tokens, %", lambda y, _: f"{abs(y):.4g}" if y < 1e-9 else ""),
         None: ("accuracy: not measured", lambda y, _: ""),
     }
     label, formatter = labels[measure]
     lowest = min([point.difference for point in points], default=0)
     bottom = min([-2 * tolerance, *(1.15 * point.interval[0] for point in points)])
     top = max([0.3 * tolerance, *(1.25 * point.interval[1] for point in points)])
-    if lowest < -LINEAR_POINTS:
-        axes.set_yscale("symlog", linthresh=1, linscale=0.8)
-        axes.set_yticks(
-            [tick for tick in (5, 2, 1, 0.5, 0, -0.5, -1, -2, -5, -10, -20, -50, -100) if bottom <= tick <= top]
-        )
+    unit = max(1, tolerance)
+    if lowest < -LINEAR_POINTS * unit:
+        axes.set_yscale("symlog", linthresh=unit, linscale=0.8)
+        ticks = [unit * tick for tick in (5, 2, 1, 0.5, 0, -0.5, -1, -2, -5, -10, -20, -50, -100)]
+        axes.set_yticks([tick for tick in ticks if bottom <= tick <= top])
         axes.minorticks_off()
         label += " (log scale)"
     axes.set_ylim(bottom, top)
@@ -376,7 +383,12 @@ def _chart_svg(result: TrialResult, size: tuple[int, int], prefix: str = "") -> 
 
 def _chart_words(result: TrialResult) -> str:
     """Describe the chart for those who do not see it."""
-    names = {"top-1": "points of top-1", "agreement": "points of same predictions", "cosine": "hundredths of cosine"}
+    names = {
+        "top-1": "points of top-1",
+        "agreement": "points of same predictions",
+        "cosine": "hundredths of cosine",
+        "patch error": "% of the patch tokens' length",
+    }
     unit = names.get(measure_of(result) or "")
     sentences = ["Speed-up and difference to the unpatched model."]
     for method, series in _points(result).items():

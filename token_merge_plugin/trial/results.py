@@ -35,9 +35,16 @@ class TrialRow:
         top1_difference: top1 minus that of the unpatched model on the same images.
         top1_interval: the 95 % confidence interval of the difference, (low, high).
         agreement: share of the images with the same most probable class as from the unpatched model; None for models
-            without classes.
+            without classes, and where a head was given, as are top-1, top-5 and KL.
         kl: mean Kullback-Leibler divergence from the unpatched model's output, in nats.
-        cosine: mean cosine similarity of the features in front of the classifier with the unpatched model's.
+        cosine: mean cosine similarity of the features in front of the classifier with the unpatched model's; None
+            where those are the patch tokens, not pooled, and `patch_error` says it.
+        patch_error: of models without classes, and where a head was given: Euclidean distance of an image's patch
+            tokens (from forward_features) to the unpatched model's, divided by the length of these; mean over the
+            images. None for all others, and where forward_features returns no patch tokens, or not all of them.
+        class_error: the same of the class token; None where there is none.
+        head_change: mean absolute difference of the head's output to that on the unpatched model's tokens, in its own
+            unit; None without a head.
     """
 
     method: str
@@ -57,6 +64,10 @@ class TrialRow:
     agreement: float | None
     kl: float | None
     cosine: float | None
+    # Results that were written before there were these lack them.
+    patch_error: float | None = None
+    class_error: float | None = None
+    head_change: float | None = None
 
 
 @dataclass(frozen=True)

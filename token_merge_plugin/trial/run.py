@@ -24,6 +24,7 @@ from token_merge_plugin.errors import ConfigError, DataError
 from token_merge_plugin.patching import apply, remove
 from token_merge_plugin.trial.accuracy import Comparison
 from token_merge_plugin.trial.counting import count_macs, equal_compute
+from token_merge_plugin.trial.dense import Head, check_head, describe_head
 from token_merge_plugin.trial.images import Images
 from token_merge_plugin.trial.journal import Journal
 from token_merge_plugin.trial.measuring import evaluating, plan
@@ -50,6 +51,7 @@ def run_trial(
     keep_rates: Sequence[float] = (0.9, 0.8, 0.7, 0.6, 0.5),
     methods: Sequence[str] = ("merge",),
     *,
+    head: Head | None = None,
     name: str | None = None,
     dtype: torch.dtype = torch.float32,
     accuracy: bool = True,
@@ -66,11 +68,19 @@ def run_trial(
     and what was measured by then is returned: `images` is less than `total_images`. Where memory runs out, the batch is
     halved.
 
+    Models without classes, and all models where a head is given, are compared by their tokens instead of by classes:
+    see `patch_error`, `class_error` and `head_change` of `TrialRow`.
+
     Args:
         model: a supported model on its device; it is unpatched, and in the mode it was in, at the end.
         data: `open_data(...)`, or `Tensors(images, labels)`. Its batch size is that of the timed passes.
         keep_rates: floats in (0, 1].
         methods: of `MergeConfig`.
+        head: reads the model's tokens, on its device, as a decoder or a linear probe does: a callable that takes what
+            model.forward_features(images) returns, in timm [B, prefix + patch tokens, C], [B, H, W, C] or
+            [B, C, H, W], and returns one floating point tensor [B, ...] of any shape. It runs without gradients, under
+            the trial's autocast; a module is in eval mode meanwhile, what a function calls is as you left it. None for
+            none. Its time is not measured.
         name: the model's, for the report.
         dtype: of the forward passes: other than float32, by autocast.
         accuracy: otherwise only speed is measured, on the first batch.
@@ -82,16 +92,19 @@ def run_trial(
         options: further fields of `MergeConfig`, for "merge".
 
     Raises:
-        ConfigError: a keep rate, method or option is not allowed, or the log is another trial's.
+        ConfigError: a keep rate, method or option is not allowed, the head returns something else, or the log is
+            another trial's.
         DataError: there are no images.
         UnsupportedModelError, PatchStateError: as `apply`.
     """
     configs = _checked_configs(keep_rates, methods, options)
     batch, interrupted = _full_batch(data), False
     with evaluating(model), _unpatched_at_the_end(model):
+        with _autocast(batch.device, dtype):
+            check_head(remove(model), head, batch[:1])
         contenders, refused = _contenders(model, batch[:1], configs, methods, progress)
-        about = _about(model, data, contenders, name, batch.device, dtype)
-        speed, comparison = Speed(model, batch, rounds, seconds), Comparison(model, data)
+        about = _about(model, data, contenders, head, name, batch.device, dtype)
+        speed, comparison = Speed(model, batch, rounds, seconds), Comparison(model, data, head)
         plans = {contender.name: contender.config for contender in contenders}
         with Journal(log, about) as journal, _autocast(batch.device, dtype):
             try:
@@ -109,6 +122,7 @@ def evaluate(
     data: Images,
     config: MergeConfig,
     *,
+    head: Head | None = None,
     name: str | None = None,
     dtype: torch.dtype = torch.float32,
     command: str = "",
@@ -123,8 +137,10 @@ def evaluate(
         as `run_trial`.
     """
     image, interrupted = _first_images(data)[:1], False
-    comparison = Comparison(model, data)
+    comparison = Comparison(model, data, head)
     with evaluating(model), _unpatched_at_the_end(model):
+        with _autocast(image.device, dtype):
+            check_head(remove(model), head, image)
         rate = config.keep_rate if isinstance(config.keep_rate, float) and config.r is None else None
         contenders = [
             Contender(UNPATCHED, None, None, count_macs(remove(model), image)),
@@ -136,7 +152,7 @@ def evaluate(
             except KeyboardInterrupt:
                 interrupted = True
         comparison.gather()
-    about = _about(model, data, contenders, name, image.device, dtype)
+    about = _about(model, data, contenders, head, name, image.device, dtype)
     return _result(about, contenders, {}, comparison, None, interrupted, command)
 
 
@@ -193,6 +209,7 @@ def _about(
     model: nn.Module,
     data: Images,
     contenders: Sequence[Contender],
+    head: Head | None,
     name: str | None,
     device: torch.device,
     dtype: torch.dtype,
@@ -207,6 +224,7 @@ def _about(
         "versions": versions(),
         "contenders": {contender.name: str(contender.config) for contender in contenders},
         "parameters": sum(p.detach().double().sum().item() for p in model.parameters()),
+        **({} if head is None else {"head": describe_head(head)}),
     }
 
 

@@ -141,6 +141,31 @@ COLUMNS = (
         better=1,
     ),
     Column(
+        "patch error",
+        "",
+        "How far the patch tokens move: their distance to the unpatched model's, as a share of the length of these. "
+        "0 is not at all.",
+        lambda row: row.patch_error,
+        "{:.2%}".format,
+        better=-1,
+    ),
+    Column(
+        "class error",
+        "",
+        "The same of the class token.",
+        lambda row: row.class_error,
+        "{:.2%}".format,
+        better=-1,
+    ),
+    Column(
+        "head change",
+        "",
+        "Mean absolute difference of the head's output to that on the unpatched model's tokens, in its own unit.",
+        lambda row: row.head_change,
+        "{:.3g}".format,
+        better=-1,
+    ),
+    Column(
         "latency",
         "ms",
         "Milliseconds from one image to its result, at batch size 1.",
@@ -168,7 +193,17 @@ COLUMNS = (
 
 
 # Titles of the columns that say what is lost. The others say what it costs.
-ACCURACY = ("top-1", "top-5", "difference [95 %]", "agreement", "KL", "cosine")
+ACCURACY = (
+    "top-1",
+    "top-5",
+    "difference [95 %]",
+    "agreement",
+    "KL",
+    "cosine",
+    "patch error",
+    "class error",
+    "head change",
+)
 
 
 def shown_columns(result: TrialResult) -> list[Column]:
