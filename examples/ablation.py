@@ -40,6 +40,7 @@ from train_reference import MODELS, create_model
 
 from token_merge_plugin import ConfigError, MergeConfig, calibrate
 from token_merge_plugin.builtin import WEIGHTS, load_images
+from token_merge_plugin.config import METHODS
 from token_merge_plugin.method import reduction
 from token_merge_plugin.method.importance import evenly_spaced
 from token_merge_plugin.method.merging import assign, cosine_similarity, match, merge, restore, take
@@ -263,7 +264,7 @@ def rows_for(model: nn.Module) -> list[Row]:
         variant("multi-scale", "in the tokens, 0.3", tokens=neighbourhoods(0.3)),
         *(option("stages", name, stages=stages) for name, stages in stage_rows(model)),
         Row("stages", "calibrated", calibrated=True),
-        *(option("baselines", method, method=method) for method in ("tome", "evit", "prune", "random")),
+        *(option("baselines", method, method=method) for method in METHODS[1:]),
     ]
 
 

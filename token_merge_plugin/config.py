@@ -4,7 +4,6 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from itertools import pairwise
 from numbers import Integral, Real
 from typing import TypeAlias
 
@@ -14,7 +13,13 @@ KeepRate: TypeAlias = float | Sequence[float] | Mapping[int, float]
 # What a stage does: the share of its tokens that stays (a float), or the number of tokens that go (an int).
 Amount: TypeAlias = float | int
 
-METHODS = ("merge", "tome", "evit", "prune", "random")
+METHODS = ("merge", "tome", "late_tome", "evit", "ppt", "prune", "random")
+# Of these: reduce tokens a little in every block; choose by the class token's attention; may drop tokens for good;
+# may attend in proportion to the tokens' sizes.
+EVERY_BLOCK = ("tome", "late_tome")
+BY_CLASS_ATTENTION = ("evit", "ppt", "prune")
+DROPPING = ("ppt", "prune", "random")
+PROPORTIONAL = ("merge", "tome", "late_tome", "ppt")
 IMPORTANCE = ("auto", "class_attention", "uniform")
 SIMILARITY = ("tokens", "keys", "values")
 MULTI_SCALE = ("off", "importance", "descriptors", "learned")
@@ -27,11 +32,13 @@ class MergeConfig:
     Attributes:
         keep_rate: share of the image tokens that each stage keeps, in (0, 1]: one float for every stage, a sequence
             with one float a stage, or a mapping {block index: rate}, which also says where the stages are. For
-            "tome", which reduces tokens a little in every block, one float asks for the compute that it would leave
-            with three stages.
+            "tome" and "late_tome", which reduce tokens a little in every block, one float asks for the compute that
+            it would leave with three stages.
         method: "merge" is this package's own. The others are published baselines to compare it with, whose further
-            options are fixed: "tome" (Bolya et al. 2023), "evit" (Liang et al. 2022), "prune" (as "evit", but the
-            tokens that do not stay are dropped) and "random" (as "prune", in a pseudo-random order of the patches).
+            options are fixed: "tome" (Bolya et al. 2023), "late_tome" (as "tome", with numbers of merged tokens that
+            grow with the square of the depth: LaterIsBetter), "evit" (Liang et al. 2022), "ppt" (Wu et al. 2023:
+            image by image, drops tokens or merges them), "prune" (as "evit", but the tokens that do not stay are
+            dropped) and "random" (as "prune", in a pseudo-random order of the patches).
         r: of "tome" only, and instead of keep_rate: how many tokens each block merges, at most half of them.
         stages: indices of the blocks that reduce tokens, counted through the whole network; None for the family's
             measured default: blocks at 1/4, 1/2 and 3/4 of the depth where tokens leave the sequence for good.
@@ -46,7 +53,7 @@ class MergeConfig:
             front of the first stage, by depthwise convolutions whose gates start at zero: to be trained. Their
             parameters join the model's `state_dict`, with "token_merge_fusion" in their names.
         proportional_attention: attend to a merged token as often as to the patches it stands for (ToMe, Bolya et
-            al. 2023, section 3). Of "merge" and "tome"; always off in the others.
+            al. 2023, section 3). Of "merge", "tome", "late_tome" and "ppt"; always off in the others.
 
     Raises:
         ConfigError: an option has a value that is not allowed.
@@ -106,7 +113,7 @@ class MergeConfig:
                         f"{option.name}={value!r} is an option of method 'merge'; {self.method!r} is as it was "
                         f"published. Leave {option.name} out, or choose method='merge'."
                     )
-        if self.method != "tome":
+        if self.method not in PROPORTIONAL:
             object.__setattr__(self, "proportional_attention", False)
 
     @classmethod
@@ -163,11 +170,12 @@ class MergeConfig:
         elif self.r is not None:
             every = [block for section in sections for block in section]
             amounts = dict.fromkeys(every if self.stages is None else self.stages, self.r)
-        elif self.method == "tome" and self.stages is None and isinstance(self.keep_rate, float):
+        elif self.method in EVERY_BLOCK and self.stages is None and isinstance(self.keep_rate, float):
             amounts = {}
             for section in sections:
                 inside = [block - section.start for block in default if block in section]
-                rates = spread(dict.fromkeys(inside, self.keep_rate), len(section))
+                weights = late_weights(len(section)) if self.method == "late_tome" else [1.0] * len(section)
+                rates = spread(dict.fromkeys(inside, self.keep_rate), weights)
                 amounts.update(zip(section, rates, strict=True))
         else:
             stages = default if self.stages is None else self.stages
@@ -191,25 +199,53 @@ def default_stages(depth: int) -> tuple[int, ...]:
     return tuple(sorted({depth * quarter // 4 for quarter in (1, 2, 3)}))
 
 
-def spread(schedule: Mapping[int, float], depth: int) -> list[float]:
-    """Return one keep rate for each of `depth` blocks that together leave as much work as a schedule of stages.
+def late_weights(depth: int) -> list[float]:
+    """Return weights of the blocks for `spread` that grow with the square of the depth (LaterIsBetter)."""
+    return [((block + 1) / depth) ** 2 for block in range(depth)]
 
-    Every block then merges the same number of tokens, as in ToMe. Work is counted as linear in the tokens, a third of
-    it in the attention, whose block reduces them behind it.
+
+def spread(schedule: Mapping[int, float], weights: Sequence[float]) -> list[float]:
+    """Return one keep rate for each block that together leave as much work as a schedule of stages.
+
+    Every block then merges a number of tokens in proportion to its weight, but at most half of those that it has: with
+    equal weights always the same number, as in ToMe.
 
     Args:
         schedule: {block index: keep rate}.
-        depth: number of blocks.
+        weights: positive, one for each block.
+    """
+    target = _work([schedule.get(block, 1.0) for block in range(len(weights))])
+    # Work falls with the share of the tokens that weight 1 merges; the higher one makes every block merge half.
+    low, high = 0.0, 1 / min(weights)
+    for _ in range(64):
+        middle = (low + high) / 2
+        if _work(_rates(middle, weights)) > target:
+            low = middle
+        else:
+            high = middle
+    return _rates(low, weights)
+
+
+def _rates(merged: float, weights: Sequence[float]) -> list[float]:
+    """Return keep rates of blocks that merge `merged` times their weights of the first block's tokens, or half."""
+    rates, share = [], 1.0
+    for weight in weights:
+        rates.append(max(0.5, 1 - merged * weight / share))
+        share *= rates[-1]
+    return rates
+
+
+def _work(rates: Sequence[float]) -> float:
+    """Return the work that keep rates leave of blocks with 1 each.
+
+    It is counted as linear in the tokens, a third of it in the attention, whose block reduces them behind it.
     """
     work, share = 0.0, 1.0
-    for block in range(depth):
+    for rate in rates:
         work += share / 3
-        share *= schedule.get(block, 1.0)
+        share *= rate
         work += share * 2 / 3
-    # With x of the tokens merged by each block, block i attends with 1 - i x of them.
-    merged = (depth - work) / (depth * (depth - 1) / 2 + depth * 2 / 3)
-    shares = [max(0.0, 1 - block * merged) for block in range(depth + 1)]
-    return [max(0.5, after / before) if before else 0.5 for before, after in pairwise(shares)]
+    return work
 
 
 def tokens_kept(tokens: int, amount: Amount) -> int:

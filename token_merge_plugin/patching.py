@@ -16,7 +16,7 @@ from torch import nn
 from token_merge_plugin.adapters import Adapter, find_adapter, registered_adapters
 from token_merge_plugin.adapters.base import Patched, Place, patched_class
 from token_merge_plugin.adapters.refused import REFUSED
-from token_merge_plugin.config import KeepRate, MergeConfig
+from token_merge_plugin.config import BY_CLASS_ATTENTION, KeepRate, MergeConfig
 from token_merge_plugin.errors import ConfigError, PatchStateError, UnsupportedModelError
 from token_merge_plugin.method.multiscale import MultiScaleFusion
 from token_merge_plugin.method.state import Plan
@@ -254,10 +254,10 @@ def _changes(model: Any, adapter: Adapter, config: MergeConfig, learned: list[Mu
             f"importance='class_attention' needs a class token, and this {type(model).__name__} has none. "
             "Leave importance at 'auto', or choose 'uniform'."
         )
-    if config.method in ("evit", "prune") and not class_tokens:
+    if config.method in BY_CLASS_ATTENTION and not class_tokens:
         raise ConfigError(
             f"method={config.method!r} keeps the tokens that the class token attends to, and this "
-            f"{type(model).__name__} has none. Choose 'merge', 'tome' or 'random'."
+            f"{type(model).__name__} has none. Choose 'merge', 'tome', 'late_tome' or 'random'."
         )
     if not schedule:
         return []

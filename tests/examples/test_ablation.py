@@ -98,7 +98,7 @@ def test_the_tables_hold_what_was_measured(tmp_path):
     )
     assert all(row["gmacs"] / record["gmacs"] == pytest.approx(0.6, abs=0.01) for row in record["rows"])
     assert [row["name"] for row in record["rows"]] == [
-        "default", "keys", "three in the second half", "tome", "evit", "prune", "random"
+        "default", "keys", "three in the second half", "tome", "late_tome", "evit", "ppt", "prune", "random"
     ]  # fmt: skip
     assert all(row["name"] in ended.stdout for row in record["rows"])
     summary = run_program(*script, "--summary", out, out)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from token_merge_plugin.adapters.registry import find_adapter
 from token_merge_plugin.adapters.registry import register_adapter as register_adapter
-from token_merge_plugin.config import MergeConfig, default_stages
+from token_merge_plugin.config import BY_CLASS_ATTENTION, MergeConfig, default_stages
 from token_merge_plugin.errors import PatchStateError, UnsupportedModelError
 from token_merge_plugin.method.attention import attention
 from token_merge_plugin.method.merging import join_windows, restore, take, windows
@@ -408,7 +408,7 @@ class Adapter:
 
     def class_queries(self, model: Any, config: MergeConfig) -> int:
         """Return the number of class tokens whose attention is to say what matters."""
-        asked = config.method in ("evit", "prune") or config.importance == "class_attention"
+        asked = config.method in BY_CLASS_ATTENTION or config.importance == "class_attention"
         return self.num_class_tokens(model) if asked else 0
 
     def grid_size(self, model: Any) -> tuple[int, int] | None:

@@ -58,7 +58,7 @@ class FamilyRow:
         models: number of timm's models.
         reduces: what runs on fewer tokens.
         restores: where the full grid is restored.
-        methods: those that a model of the family takes; "evit" and "prune" need a class token.
+        methods: those that a model of the family takes; "evit", "ppt" and "prune" need a class token.
         shares: smallest and largest share of the multiply-adds that is left, in (0, 1].
     """
 

@@ -130,6 +130,27 @@ def bipartite(descriptors: Tensor, keep: int, num_prefix_tokens: int) -> Assignm
     return Assignment(crucial, even.gather(1, source), unmerged.shape[1] + partner.gather(1, source))
 
 
+def bipartite_rounds(descriptors: Tensor, size: Tensor, keep: int, num_prefix_tokens: int) -> Assignment:
+    """Merge by bipartite soft matching until `keep` tokens are left; more than half of them go in several rounds.
+
+    Args:
+        descriptors: [B, T, D], of the image tokens.
+        size: [B, T], by which the descriptors of merged tokens are weighed in the next round.
+        keep, num_prefix_tokens: as in `bipartite`, but any number of tokens may stay.
+    """
+    tokens = descriptors.shape[1]
+    left = max(keep, tokens - tokens // 2)
+    first = bipartite(descriptors, left, num_prefix_tokens)
+    if left == keep:
+        return first
+    then = bipartite_rounds(*merge(descriptors, size, first), keep, num_prefix_tokens)
+    return Assignment(
+        first.crucial.gather(1, then.crucial),
+        torch.cat((first.crucial.gather(1, then.rest), first.rest), dim=1),
+        torch.cat((then.target, follow(first.target, then)), dim=1),
+    )
+
+
 def keep_best(score: Tensor, keep_rate: float, real: Tensor | None = None, fuse: bool = False) -> Assignment:
     """Keep the tokens with the best scores, and drop the rest, or fuse it (EViT, Liang et al. 2022, section 3.2).
 

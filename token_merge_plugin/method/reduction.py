@@ -13,6 +13,7 @@ from token_merge_plugin.method.merging import (
     Assignment,
     assign,
     bipartite,
+    bipartite_rounds,
     cell_side,
     cells,
     cosine_similarity,
@@ -33,6 +34,9 @@ from token_merge_plugin.method.state import Evidence, Merged, Pass, Plan, record
 HIDDEN = -1e4
 # So many image tokens are asked what they attend to. More of them are no better (examples/ablation.py).
 SAMPLED_QUERIES = 16
+# PPT prunes the tokens of an image whose scores, with a sum of 1, have a larger variance. As far as is known this is
+# the paper's threshold for DeiT-S, which has 196 image tokens.
+PPT_THRESHOLD = 6e-5
 
 # Tokens [B, K, C], their sizes [B, K], and where they came from.
 Reduced: TypeAlias = tuple[Tensor, Tensor, Assignment]
@@ -116,13 +120,10 @@ def _merge(stage: Stage) -> Reduced:
 
 def _tome(stage: Stage) -> Reduced:
     """Merge as ToMe does, by the keys' mean over heads."""
-    if stage.evidence[0].bias is not None:
-        raise ConfigError("method='tome' is not defined with an attention mask. Choose method='merge'.")
-    prefix, tokens = stage.state.num_prefix_tokens, stage.tokens.shape[1]
+    tokens = stage.tokens.shape[1]
     keep = max(tokens_kept(tokens, stage.amount), tokens - tokens // 2)
     with torch.no_grad():
-        keys = torch.cat([seen.key[:, :, prefix:].mean(dim=1) for seen in stage.evidence], dim=2)
-        assignment = bipartite(keys, keep, prefix)
+        assignment = bipartite(_mean_keys(stage), keep, stage.state.num_prefix_tokens)
     return *merge(stage.tokens, stage.before.size, assignment), assignment
 
 
@@ -132,6 +133,27 @@ def _evit(stage: Stage) -> Reduced:
         attention = _attention_received(stage)
         assignment = keep_best(attention, stage.amount, stage.real, fuse=True)
     return *fuse_rest(stage.tokens, stage.before.size, assignment, attention), assignment
+
+
+def _ppt(stage: Stage) -> Reduced:
+    """Drop or merge, image by image, as told by the variance of the tokens' scores (PPT, Wu et al. 2023).
+
+    As understood from the paper: a score is the class token's attention, mean over heads, times the norm of the token's
+    value over all heads, and the scores of an image have a sum of 1. Where their variance is large, the tokens'
+    importance is well told apart, and those with the lowest scores are dropped; where it is small, tokens are merged
+    as in ToMe. Both leave the same number. Of the paper's schedules only three stages are taken; the order of the
+    tokens that are kept, and merging in several rounds where more than half are to go, are not from it.
+    """
+    keep, prefix = tokens_kept(stage.tokens.shape[1], stage.amount), stage.state.num_prefix_tokens
+    with torch.no_grad():
+        pool = bipartite_rounds(_mean_keys(stage), stage.before.size, keep, prefix)
+        values = torch.cat([seen.value[:, :, prefix:] for seen in stage.evidence], dim=1)
+        score = _attention_received(stage) * torch.linalg.vector_norm(values.float(), dim=(1, 3))
+        score = score / score.sum(dim=1, keepdim=True)
+        prune = keep_best(score, stage.amount)
+        apart = score.var(dim=1, keepdim=True) > PPT_THRESHOLD
+        assignment = Assignment(*(torch.where(apart, *parts) for parts in zip(prune, pool, strict=True)))
+    return *merge(stage.tokens, stage.before.size, assignment), assignment  # a dropped token is merged into none
 
 
 def _prune(stage: Stage) -> Reduced:
@@ -152,7 +174,9 @@ def _random(stage: Stage) -> Reduced:
 METHODS: dict[str, Callable[[Stage], Reduced]] = {
     "merge": _merge,
     "tome": _tome,
+    "late_tome": _tome,
     "evit": _evit,
+    "ppt": _ppt,
     "prune": _prune,
     "random": _random,
 }
@@ -251,6 +275,15 @@ def _attention_received(stage: Stage) -> Tensor:
             bias = take(bias.expand(batch, -1, -1, -1).transpose(1, 2), rows).transpose(1, 2)
         scores.append(query_row_attention(queries, seen.key, seen.scale, bias, seen.head_weight, seen.head_mix))
     return torch.stack(scores).mean(dim=0)[:, prefix:]
+
+
+def _mean_keys(stage: Stage) -> Tensor:
+    """Return the keys' mean over heads, by which ToMe compares tokens: [B, T, D]."""
+    if stage.evidence[0].bias is not None:
+        method = stage.plan.config.method
+        raise ConfigError(f"method={method!r} is not defined with an attention mask. Choose method='merge'.")
+    prefix = stage.state.num_prefix_tokens
+    return torch.cat([seen.key[:, :, prefix:].mean(dim=1) for seen in stage.evidence], dim=2)
 
 
 def _descriptors(stage: Stage) -> Tensor:

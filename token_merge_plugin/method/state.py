@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from token_merge_plugin.config import Amount, MergeConfig
+from token_merge_plugin.config import DROPPING, Amount, MergeConfig
 from token_merge_plugin.method.attention import additive_mask, causal_mask
 from token_merge_plugin.method.merging import restore
 from token_merge_plugin.method.patches import (
@@ -236,5 +236,5 @@ class Plan:
         if state.merged is None:
             return x
         prefix = state.num_prefix_tokens
-        dropped = self.config.method in ("prune", "random")
+        dropped = self.config.method in DROPPING
         return torch.cat((x[:, :prefix], restore(x[:, prefix:], state.merged.token_map, dropped)), dim=1)

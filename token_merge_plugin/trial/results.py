@@ -18,7 +18,7 @@ class TrialRow:
     """What a trial measured of one contender: the unpatched model, or a method at a keep rate. Shares are in [0, 1].
 
     Attributes:
-        method: "unpatched", "merge", "tome", "evit", "prune" or "random".
+        method: "unpatched", or one of `MergeConfig`.
         keep_rate: the keep rate asked for; None for the unpatched model, and for a setting that is not one number. Rows
             of one keep rate have equal GMACs.
         gmacs: 1e9 multiply-adds per image.
