@@ -134,10 +134,12 @@ def test_proportional_attention_is_switched_off_where_that_surely_helps(monkeypa
 
 
 def test_an_option_that_is_given_is_not_chosen(monkeypatch):
-    monkeypatch.setattr("token_merge_plugin.trial.calibration.ALTERNATIVES", ({"proportional_attention": False},))
     monkeypatch.setattr("token_merge_plugin.trial.calibration.better", lambda best, other, errors=1.0: other)
-    assert calibrate(make(), images(), 0.8, moves=0, proportional_attention=True).proportional_attention
-    assert not calibrate(make(), images(), 0.8, moves=0).proportional_attention
+    given = {"importance": "class_attention", "proportional_attention": True}
+    config = calibrate(make(), images(), 0.8, moves=0, **given)
+    assert (config.importance, config.proportional_attention) == ("class_attention", True)
+    config = calibrate(make(), images(), 0.8, moves=0)
+    assert (config.importance, config.proportional_attention) == ("uniform", False)
 
 
 def test_a_budget_of_time_is_met_as_it_is_measured(monkeypatch):
@@ -193,9 +195,9 @@ def test_calibration_needs_images_and_one_supported_model():
     model = timm.create_model("test_vit")
     with pytest.raises(DataError, match="given none"):
         calibrate(model, torch.zeros(0, 3, 160, 160))
-    for wrong in (torch.zeros(1, 3, 128, 128), torch.zeros(1, 1, 160, 160), torch.zeros(1, 3, 160, 160).double()):
-        with pytest.raises(DataError, match=r"does not take images \[\d, \d+, \d+\] of torch.float"):
-            calibrate(model, wrong)
+    for wrong in (torch.zeros(1, 3, 48, 48), torch.zeros(1, 1, 32, 32), torch.zeros(1, 3, 32, 32).double()):
+        with pytest.raises(DataError, match=r"does not take images \[\d, \d+, \d+\] of torch.float.*Prepare them"):
+            calibrate(make(), wrong)
     with pytest.raises(DataError, match="uint8, not floats"):
         calibrate(model, torch.zeros(1, 3, 160, 160, dtype=torch.uint8))
     with pytest.raises(UnsupportedModelError, match="no model that is served"):

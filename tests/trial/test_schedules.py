@@ -1,16 +1,17 @@
 """Schedules as plain numbers: regular ones, and the cheapest by prices."""
 
+import math
 import random
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from token_merge_plugin.trial.schedules import LEVELS, _interpolated, cheapest, regular
+from token_merge_plugin.trial.schedules import LEVELS, _interpolated, by_number, cheapest, numbers, regular
 
 
 def test_schedules_to_begin_with_are_regular_and_a_stage_stays_in_its_section():
-    found = [tuple(pattern) for pattern in regular([range(3), range(3, 9)], (1, 3, 6))]
+    found = [tuple(shape(1.0)) for shape in regular([range(3), range(3, 9)], (1, 3, 6))]
     assert found[0] == (1, 3, 6)
     assert found[1] == (0, 3, 5)  # one block earlier, but 3 is the first behind the pooling
     assert {tuple(range(9)), (0, 2, 4, 6, 8), (0, 3, 6), (0, 4, 8)} <= set(found)
@@ -53,3 +54,34 @@ def test_prices_grow_with_what_is_merged_and_meet_what_was_measured(scale, growt
     assert values == sorted(values)
     for merged, measured in price:
         assert _interpolated(price, merged) == pytest.approx(measured)
+
+
+def merged(schedule, blocks):
+    """The share of all tokens that each block merges."""
+    left, found = 1.0, []
+    for block in blocks:
+        rate = schedule.get(block, 1.0)
+        found.append(left * (1 - rate))
+        left *= rate
+    return found
+
+
+def test_equal_numbers_are_equal_and_late_ones_grow_with_the_square_of_the_block():
+    assert merged(numbers([range(5)], 1, 0, 0.5), range(5)) == pytest.approx([0.1] * 5)
+    assert merged(numbers([range(5)], 2, 0, 0.5), range(5)) == pytest.approx([0, 0.25, 0, 0.25, 0])
+    weights = [1, 4, 9, 16]
+    assert merged(numbers([range(4)], 1, 2, 0.6), range(4)) == pytest.approx([0.6 * w / 30 for w in weights])
+
+
+def test_numbers_begin_anew_in_each_section_and_no_block_merges_more_than_half():
+    assert merged(numbers([range(2), range(2, 4)], 1, 0, 0.8), range(2)) == pytest.approx([0.2, 0.2])
+    assert numbers([range(2), range(2, 4)], 1, 0, 0.8)[2] == pytest.approx(0.8)
+    assert numbers([range(3)], 1, 0, 100.0) == dict.fromkeys(range(3), 0.5)
+
+
+@pytest.mark.parametrize("shape", [*by_number([range(6), range(6, 7)]), *by_number([range(1)])])
+def test_a_shape_merges_the_more_the_stronger_it_is(shape):
+    kept = [math.prod(shape(strength).values()) for strength in (0.0, 0.3, 0.6, 1.0, 4.0)]
+    assert kept[0] == 1
+    assert kept == sorted(kept, reverse=True)
+    assert kept[-1] < kept[1] < 1

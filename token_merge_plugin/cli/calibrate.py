@@ -66,6 +66,7 @@ def _calibrate(args: argparse.Namespace) -> int:
     assert isinstance(config.keep_rate, Mapping)
     for block, rate in config.keep_rate.items():
         print(f"block {block}: keep rate {rate:.3f}")
+    print(f"importance: {config.importance}")
     if not config.proportional_attention:
         print("proportional attention: off")
     print(*reached)

@@ -11,7 +11,7 @@ from token_merge_plugin.config import MergeConfig
 from token_merge_plugin.patching import apply, remove
 from token_merge_plugin.trial.counting import count_macs
 from token_merge_plugin.trial.measuring import time_in_turns
-from token_merge_plugin.trial.schedules import powers
+from token_merge_plugin.trial.schedules import Shape
 
 WORK = {"compute": "multiply-adds", "latency": "time"}
 
@@ -45,50 +45,50 @@ class Budget:
         return self.time_left(base, [schedule])[0] if self.kind == "latency" else self.compute_left(base, schedule)
 
     def met(
-        self, base: MergeConfig, schedules: Sequence[Mapping[int, float]], compute: float | None = None
+        self, base: MergeConfig, shapes: Sequence[Shape], compute: float | None = None
     ) -> dict[int, dict[int, float]]:
-        """Change schedules so that they leave the target, and return them by their place: {place: schedule}.
+        """Return the schedule of each shape that leaves the target, by the shape's place: {place: schedule}.
 
         Those that cannot leave so little are missing.
 
         Args:
             base: the other options.
-            schedules: each is changed as `with_compute` does it.
+            shapes: of schedules.
             compute: share of the multiply-adds at which the search begins for a budget of time; None for the target.
         """
-        wanted = dict.fromkeys(range(len(schedules)), self.target if compute is None else compute)
-        found = self._all_with_compute(base, schedules, wanted)
+        wanted = dict.fromkeys(range(len(shapes)), self.target if compute is None else compute)
+        found = self._all_with_compute(base, shapes, wanted)
         for _ in range(3 if self.kind == "latency" else 0):
             times = self.time_left(base, [*found.values()])
             for place, time in zip(found, times, strict=True):
                 wanted[place] = min(0.99, max(0.05, wanted[place] + self.target - time))
-            found = self._all_with_compute(base, schedules, {place: wanted[place] for place in found})
+            found = self._all_with_compute(base, shapes, {place: wanted[place] for place in found})
         return found
 
     def _all_with_compute(
-        self, base: MergeConfig, schedules: Sequence[Mapping[int, float]], wanted: Mapping[int, float]
+        self, base: MergeConfig, shapes: Sequence[Shape], wanted: Mapping[int, float]
     ) -> dict[int, dict[int, float]]:
-        found = {place: self.with_compute(base, schedules[place], share) for place, share in wanted.items()}
+        found = {place: self.with_compute(base, shapes[place], share) for place, share in wanted.items()}
         return {place: schedule for place, schedule in found.items() if schedule is not None}
 
-    def with_compute(self, base: MergeConfig, schedule: Mapping[int, float], share: float) -> dict[int, float] | None:
-        """Raise all rates to one power, so that they leave that share of the multiply-adds; None if they cannot."""
-        low, high = (0.0, 1.0), (1.0, self.compute_left(base, schedule))
+    def with_compute(self, base: MergeConfig, shape: Shape, share: float) -> dict[int, float] | None:
+        """Return the schedule of a shape that leaves that share of the multiply-adds; None if none does."""
+        low, high = (0.0, 1.0), (1.0, self.compute_left(base, shape(1.0)))
         while high[1] > share:
             if high[0] > 1000:
                 return None
-            low, high = high, (2 * high[0], self.compute_left(base, powers(schedule, 2 * high[0])))
-        power, best, seen = high[0], (math.inf, high[0]), [low[1]]
+            low, high = high, (2 * high[0], self.compute_left(base, shape(2 * high[0])))
+        strength, best, seen = high[0], (math.inf, high[0]), [low[1]]
         for _ in range(12):
-            left = self.compute_left(base, powers(schedule, power))
-            best = min(best, (abs(left - share), power))
+            left = self.compute_left(base, shape(strength))
+            best = min(best, (abs(left - share), strength))
             seen.append(left)
             if best[0] <= 0.001 or seen.count(left) > 2:  # tokens are whole: there may be nothing closer
                 break
-            low, high = ((power, left), high) if left > share else (low, (power, left))
+            low, high = ((strength, left), high) if left > share else (low, (strength, left))
             position = (low[1] - share) / max(1e-9, low[1] - high[1])
-            power = low[0] + min(0.9, max(0.1, position)) * (high[0] - low[0])
-        return powers(schedule, best[1])
+            strength = low[0] + min(0.9, max(0.1, position)) * (high[0] - low[0])
+        return shape(best[1])
 
 
 def scheduled(base: MergeConfig, schedule: Mapping[int, float]) -> MergeConfig:

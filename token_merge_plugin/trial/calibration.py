@@ -6,9 +6,10 @@ then steps of it are moved between blocks as long as that brings the output clos
 """
 
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from numbers import Integral
 from typing import Any, NamedTuple
 
@@ -23,12 +24,17 @@ from token_merge_plugin.trial.budgets import WORK, Budget, scheduled
 from token_merge_plugin.trial.distances import Unpatched, paired_difference
 from token_merge_plugin.trial.images import AnyImages, collect_images
 from token_merge_plugin.trial.measuring import device_of, evaluating
-from token_merge_plugin.trial.schedules import PROBES, cheapest, moved, regular
+from token_merge_plugin.trial.schedules import PROBES, Shape, by_number, cheapest, moved, powers, regular
 
 # Standard errors that make a 95 % confidence interval.
 SURE = 1.96
-# Options that are tried with the best schedule, unless the user has given them.
-ALTERNATIVES: tuple[dict[str, Any], ...] = ({"proportional_attention": False},)
+# Options that are tried with the best schedule, unless the user has given them; with what makes them sure enough, in
+# standard errors.
+ALTERNATIVES: tuple[tuple[str, Any, float], ...] = (
+    ("importance", "class_attention", 1.0),
+    ("importance", "uniform", 1.0),
+    ("proportional_attention", False, SURE),
+)
 
 
 @dataclass(frozen=True)
@@ -88,7 +94,8 @@ def calibrate(
     """Return the config that moves the model's output the least, of those that leave a share of its work.
 
     How far the output moves is the root of the KL divergence of the predictions; for a model without classes the
-    relative error of its patch tokens, or of what a head makes of them. Proportional attention is switched off where
+    relative error of its patch tokens, or of what a head makes of them. Schedules by rate and by number are measured,
+    and the best is tried with each importance and without proportional attention, which is switched off only where
     that surely helps.
 
     Args:
@@ -127,7 +134,7 @@ def calibrate(
             first = batches[0].to(device_of(model))
             _check_images(model, first[:1])
             search = _Search(Unpatched(model, batches, head), Budget(model, first, budget, target), sections)
-            alternatives = [replace(base, **other) for other in ALTERNATIVES if not other.keys() & options.keys()]
+            alternatives = [alternative for alternative in ALTERNATIVES if alternative[0] not in options]
             found = search.run(base, default, alternatives, moves, seed, progress)
         finally:
             remove(model)
@@ -158,7 +165,7 @@ def _check_images(model: nn.Module, image: Tensor) -> None:
     except Exception as error:  # every model has its own
         raise DataError(
             f"{type(model).__name__}, unpatched, does not take images {list(image.shape[1:])} of {image.dtype}: "
-            f"{first_line(error)} Prepare them as the model wants them: timm.data.resolve_model_data_config says how."
+            f"{first_line(error).rstrip('.')}. Prepare them as timm.data.resolve_model_data_config says for the model."
         ) from error
 
 
@@ -185,26 +192,26 @@ class _Search:
         self,
         base: MergeConfig,
         default: Sequence[int],
-        alternatives: Sequence[MergeConfig],
+        alternatives: Sequence[tuple[str, Any, float]],
         moves: int,
         seed: int,
         progress: bool,
     ) -> Calibration:
-        patterns = regular(self.sections, default)
-        total = len(self.blocks) * len(PROBES) + len(patterns) + 1 + len(alternatives) + moves
+        shapes = [*regular(self.sections, default), *by_number(self.sections)]
+        total = len(self.blocks) * len(PROBES) + len(shapes) + 1 + len(alternatives) + moves
         with tqdm(total=total, desc="calibration", unit="schedule", leave=False, disable=not progress) as self.bar:
-            candidates = self._candidates(base, [*patterns, self._cheapest(base)])
-            default_one = candidates.get(0)  # the first of the patterns
+            candidates = self._candidates(base, [*shapes, partial(powers, self._cheapest(base))])
+            default_one = candidates.get(0)  # the first of the regular ones
             first = next(iter(candidates.values()))
             best = better(first, min(candidates.values(), key=lambda candidate: candidate.distance))
-            for other in alternatives:
-                best = better(best, self._measured(best.schedule, other), errors=SURE)
+            for option, value, errors in alternatives:
+                best = self._with_option(best, option, value, errors)
             best = self._moved(best, moves, random.Random(seed))
         return self._result(best, default_one)
 
-    def _candidates(self, base: MergeConfig, schedules: Sequence[Mapping[int, float]]) -> dict[int, _Measured]:
-        """Measure the schedules, made to meet the budget: {place: measured}, without those that cannot."""
-        met = self.budget.met(base, schedules)
+    def _candidates(self, base: MergeConfig, shapes: Sequence[Shape]) -> dict[int, _Measured]:
+        """Measure the schedules that meet the budget: {place: measured}, without the shapes that cannot."""
+        met = self.budget.met(base, shapes)
         if not met:
             raise ConfigError(
                 f"No schedule leaves {self.budget.target:.2f} of this model's work. Choose a larger target."
@@ -215,6 +222,13 @@ class _Search:
         apply(self.budget.model, scheduled(base, schedule))
         self.bar.update()
         return _Measured(schedule, base, self.unpatched.distances())
+
+    def _with_option(self, best: _Measured, option: str, value: Any, errors: float) -> _Measured:
+        """Try the best schedule with another option; models that do not take it keep what they have."""
+        try:
+            return better(best, self._measured(best.schedule, replace(best.base, **{option: value})), errors)
+        except ConfigError:
+            return best
 
     def _cheapest(self, base: MergeConfig) -> dict[int, float]:
         """Return the schedule that should move the output the least, by what each block does alone."""
@@ -232,11 +246,12 @@ class _Search:
         """Change the best schedule, at equal multiply-adds, and keep each change that is better."""
         compute = self.budget.compute_left(best.base, best.schedule)
         for _ in range(moves):
-            changed = self.budget.with_compute(best.base, moved(best.schedule, self.blocks, draw), compute)
+            shape = partial(powers, moved(best.schedule, self.blocks, draw))
+            changed = self.budget.with_compute(best.base, shape, compute)
             if changed is not None:
                 best = better(best, self._measured(changed, best.base))
         if self.budget.kind == "latency":
-            met = self.budget.met(best.base, [best.schedule], compute)
+            met = self.budget.met(best.base, [partial(powers, best.schedule)], compute)
             best = self._measured(met.get(0, best.schedule), best.base)
         return best
 

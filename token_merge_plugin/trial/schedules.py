@@ -1,4 +1,4 @@
-"""Schedules, {block: keep rate}, as plain numbers: regular ones, small changes of one, and the cheapest by prices.
+"""Schedules, {block: keep rate}, as plain numbers: by rate, by number, small changes of one, the cheapest by prices.
 
 A schedule is a path: the share of the tokens that is left falls from block to block, and what it costs is taken to be
 the sum of its falls, each at the price of its block. The path of least cost within a budget follows exactly, by dynamic
@@ -7,16 +7,21 @@ programming.
 
 import math
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from itertools import pairwise
+from typing import TypeAlias
 
 # Each block is tried alone at these, and a path goes through these and what lies between them.
 PROBES = (0.8, 0.6, 0.4)
 LEVELS = tuple(level / 40 for level in range(40, 7, -1))  # 1 down to 0.2
 STEP = 0.15  # of the logarithm of a keep rate, by which a move changes it
 
+# Returns a schedule that merges the more, the larger the number is that it is given; at 0 next to nothing.
+Shape: TypeAlias = Callable[[float], dict[int, float]]
 
-def regular(sections: Sequence[range], default: Sequence[int]) -> list[dict[int, float]]:
+
+def regular(sections: Sequence[range], default: Sequence[int]) -> list[Shape]:
     """Return schedules of equal rates: the default stages, earlier ones, and every first, second, ... block.
 
     Regular ones: what is lost is a flat function of the schedule, which they cover better than changes of one block.
@@ -26,7 +31,37 @@ def regular(sections: Sequence[range], default: Sequence[int]) -> list[dict[int,
     early = blocks[1 :: max(1, len(blocks) // 8)][:4]  # in the first half
     repeated = [blocks[start::step] for step in range(1, 5) for start in range(min(step + 1, 3))]
     found = dict.fromkeys(tuple(sorted(stages)) for stages in (default, earlier, early, *repeated) if stages)
-    return [dict.fromkeys(stages, 0.7) for stages in found]
+    return [partial(powers, dict.fromkeys(stages, 0.7)) for stages in found]
+
+
+def by_number(sections: Sequence[range]) -> list[Shape]:
+    """Return schedules by number, equal and late-heavy ones, of every block and of every other one.
+
+    Late-heavy are those whose numbers of merged tokens grow with (block / depth)^2.
+    """
+    return [partial(numbers, sections, step, power) for step in (1, 2) for power in (0, 2)]
+
+
+def numbers(sections: Sequence[range], step: int, power: float, strength: float) -> dict[int, float]:
+    """Return a schedule by number: a block merges at most half of its tokens, or `strength` times its weight of all.
+
+    Args:
+        sections: runs of blocks through which tokens stay fewer; in each they begin as all.
+        step: every which block of all merges tokens, the last of the first `step` to begin with.
+        power: weights grow with (block / depth)^power, counted from 1; their sum is 1.
+        strength: how much is merged, from 0 on.
+    """
+    blocks = [block for section in sections for block in section]
+    stages = blocks[step - 1 :: step] or blocks
+    total = sum((block + 1) ** power for block in stages)
+    schedule = {}
+    for section in sections:
+        left = 1.0
+        for block in section:
+            if block in stages:
+                before, left = left, max(left / 2, left - strength * (block + 1) ** power / total)
+                schedule[block] = left / before
+    return {block: rate for block, rate in schedule.items() if rate < 1}
 
 
 def powers(schedule: Mapping[int, float], power: float) -> dict[int, float]:
