@@ -1,6 +1,7 @@
 """The command `token-merge`, as a user runs it."""
 
 import json
+import shlex
 import sys
 
 import pytest
@@ -168,8 +169,14 @@ def test_bench_times_every_batch_size(capsys):
 def test_calibrate_writes_a_config_for_the_other_commands(photos, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert main(["calibrate", "-q", *photos, "--data", "photos", "--target", "0.8"]) == 0
-    assert "block " in capsys.readouterr().out
-    assert main(["evaluate", "-q", *photos, "--data", "photos", "--config", "config.json", "--json", "r.json"]) == 0
+    output = capsys.readouterr().out
+    assert "block " in output
+    assert "of the multiply-adds are left" in output
+    assert "of the default schedule at the same share" in output
+    words = shlex.split(output.splitlines()[-1])
+    assert words[:4] == ["token-merge", "evaluate", "--config", "config.json"]
+    assert sorted(words[4:]) == sorted([*photos, "--data", "photos"])
+    assert main([*words[1:], "-q", "--json", "r.json"]) == 0
     assert from_json((tmp_path / "r.json").read_text()).rows[1].reduction == pytest.approx(0.2, abs=0.02)
     assert main(["evaluate", "--config", "missing.json"]) == 2
     assert "cannot be read" in capsys.readouterr().err

@@ -1,20 +1,19 @@
 """Calibration: the schedule that moves the output the least, for a budget."""
 
 import json
-import random
 
 import pytest
 import timm
 import torch
 import torch.nn.functional as F
 from families import images, make
-from hypothesis import given
-from hypothesis import strategies as st
 
 from token_merge_plugin import ConfigError, DataError, MergeConfig, UnsupportedModelError, apply, remove
 from token_merge_plugin.builtin import create_reference_model, load_images
-from token_merge_plugin.trial.calibration import LEVELS, _better, _cheapest, _interpolated, _patterns, calibrate
+from token_merge_plugin.trial.budgets import Budget
+from token_merge_plugin.trial.calibration import _Measured, better, calibrate
 from token_merge_plugin.trial.counting import count_macs, equal_compute
+from token_merge_plugin.trial.distances import Unpatched
 
 FAST = {"moves": 3}
 
@@ -49,7 +48,8 @@ def test_it_moves_the_output_less_than_the_default_stages_and_no_more_on_images_
 
 def test_a_schedule_is_better_only_by_more_than_the_standard_error():
     def taken(best, other):
-        return _better(({0: 0.5}, torch.tensor(best)), ({1: 0.5}, torch.tensor(other)))[0] == {1: 0.5}
+        first, second = (_Measured({}, MergeConfig(), torch.tensor(distances)) for distances in (best, other))
+        return better(first, second) is second
 
     assert taken([1.0, 2.0, 3.0, 4.0], [0.9, 1.8, 2.9, 3.8])
     assert not taken([1.0, 2.0, 3.0, 4.0], [0.1, 2.2, 3.0, 4.0])
@@ -75,31 +75,81 @@ def test_every_kind_of_section_can_be_calibrated(kind):
     assert share == pytest.approx(0.9, abs=0.02)
 
 
-def test_schedules_to_begin_with_are_regular_and_a_stage_stays_in_its_section():
-    found = [tuple(pattern) for pattern in _patterns([range(3), range(3, 9)], (1, 3, 6))]
-    assert found[0] == (1, 3, 6)
-    assert found[1] == (0, 3, 5)  # one block earlier, but 3 is the first behind the pooling
-    assert {tuple(range(9)), (0, 2, 4, 6, 8), (0, 3, 6), (0, 4, 8)} <= set(found)
-    assert len(set(found)) == len(found)
+def reached(model, x, target=0.8, **options):
+    """Calibrate, and return the config and the report."""
+    reports = []
+    config = calibrate(model, x, target, moves=1, report=reports.append, **options)
+    assert len(reports) == 1
+    return config, reports[0]
 
 
-def test_a_model_without_classes_is_calibrated_by_its_features():
-    torch.manual_seed(0)
-    model = timm.create_model("test_vit", num_classes=0)
-    assert calibrate(model, torch.randn(2, 3, 160, 160), 0.8, **FAST).keep_rate
+def test_a_model_without_classes_is_calibrated_by_its_patch_tokens_or_by_what_a_head_makes_of_them():
+    model, x = make(num_classes=0), images(batch=2)
+    _, report = reached(model, x)
+    assert report.measure == "relative error of the patch tokens"
+    _, report = reached(model, x, head=torch.nn.Linear(32, 2))
+    assert report.measure == "relative error of the head's output"
+
+
+def test_the_report_says_what_was_reached_and_how_far_the_default_is():
+    model, x = make(), images(batch=3)
+    config, report = reached(model, x)
+    assert report.config == config
+    assert report.images == 3
+    assert report.left == pytest.approx(count_macs(apply(model, config), x) / count_macs(remove(model), x))
+    assert report.distance == pytest.approx(moved(model, config, x), rel=1e-3)
+    default = equal_compute(remove(model), x[:1], MergeConfig(), int(0.8 * count_macs(remove(model), x)))
+    assert report.default_distance == pytest.approx(moved(model, default, x), rel=0.1)
+    assert report.difference[0] == pytest.approx(report.distance - report.default_distance, abs=1e-6)
+    assert f"{report.left:.3f} of the multiply-adds are left" in str(report)
+    assert f"{report.default_distance:.4f}" in str(report)
+
+
+def test_where_the_default_cannot_leave_so_little_the_report_says_so():
+    model, x = make(), images()
+    config, report = reached(model, x, target=0.3)
+    assert min(config.keep_rate) == 0
+    assert report.difference is None
+    assert "the default schedule cannot leave so little" in str(report)
+
+
+def test_batches_of_a_loader_are_as_good_as_one_tensor():
+    model, x = make(), images(batch=5)
+    batches = [(x[:2], None), (x[2:], None), (x, None)]
+    assert calibrate(model, batches, 0.8, num_images=5, moves=1) == calibrate(model, x, 0.8, moves=1)
+
+
+@pytest.mark.parametrize("helps", [True, False])
+def test_proportional_attention_is_switched_off_where_that_surely_helps(monkeypatch, helps):
+    model, x = make(), images(batch=4)
+
+    def distances(self):
+        plan = next(m._token_merge.plan for m in self._model.modules() if hasattr(m, "_token_merge"))
+        noise = torch.tensor([0.0, 0.1, 0.2, 0.3])
+        gain = (0.4, 0.5, 0.6, 0.7) if helps else (-0.1, 0.2, -0.1, 0.2)
+        return 1 + noise - (0 if plan.config.proportional_attention else torch.tensor(gain))
+
+    monkeypatch.setattr(Unpatched, "distances", distances)
+    assert calibrate(model, x, 0.8, moves=0).proportional_attention is not helps
+
+
+def test_an_option_that_is_given_is_not_chosen(monkeypatch):
+    monkeypatch.setattr("token_merge_plugin.trial.calibration.better", lambda best, other, errors=1.0: other)
+    given = {"importance": "class_attention", "proportional_attention": True}
+    config = calibrate(make(), images(), 0.8, moves=0, **given)
+    assert (config.importance, config.proportional_attention) == ("class_attention", True)
+    config = calibrate(make(), images(), 0.8, moves=0)
+    assert (config.importance, config.proportional_attention) == ("uniform", False)
 
 
 def test_a_budget_of_time_is_met_as_it_is_measured(monkeypatch):
     # Time of which half does not follow the multiply-adds: 0.85 of the time are 0.7 of the multiply-adds.
-    from token_merge_plugin.trial.calibration import _Calibration
+    def times(self, base, schedules):
+        return [0.5 + self.compute_left(base, schedule) / 2 for schedule in schedules]
 
-    def times(self, schedules):
-        return [0.5 + self.share(schedule) / 2 for schedule in schedules]
-
-    monkeypatch.setattr(_Calibration, "time_shares", times)
-    torch.manual_seed(0)
-    model, x = timm.create_model("test_vit"), torch.randn(2, 3, 160, 160)
-    config = calibrate(model, x, 0.85, budget="latency", **FAST)
+    monkeypatch.setattr(Budget, "time_left", times)
+    model, x = make(), images(batch=2)
+    config = calibrate(model, x, 0.85, budget="latency", moves=1)
     assert count_macs(apply(model, config), x) / count_macs(remove(model), x) == pytest.approx(0.7, abs=0.05)
 
 
@@ -116,44 +166,6 @@ def test_a_config_is_saved_as_json(calibrated):
             MergeConfig.from_json(text)
 
 
-def test_the_path_is_the_cheapest_of_all():
-    """Against every path, for prices drawn at random."""
-    draw = random.Random(0)
-    few = (1.0, 0.7, 0.4)
-    for _ in range(20):
-        prices = {block: [(0.2, a := draw.random()), (0.4, a * 2), (0.6, a * 5)] for block in range(3)}
-        savings = {0: 0.9, 1: 0.6, 2: 0.3}
-        schedule = _cheapest([range(3)], prices, savings, 0.35)
-
-        def total(path, prices=prices):
-            ends = [1.0, *path]
-            falls = zip(range(3), ends, ends[1:], strict=False)
-            return sum(_interpolated(prices[b], 1 - y) - _interpolated(prices[b], 1 - x) for b, x, y in falls)
-
-        def saved(path, savings=savings):
-            ends = [1.0, *path]
-            return sum(savings[b] * (x - y) for b, x, y in zip(range(3), ends, ends[1:], strict=False))
-
-        path, left = [], 1.0
-        for block in range(3):
-            left *= schedule.get(block, 1.0)
-            path.append(left)
-        assert saved(path) >= 0.35
-        for other in ((x, y, z) for x in few for y in few for z in few if x >= y >= z):
-            if saved(other) >= saved(path):
-                assert total(path) <= total(other) + 1e-9
-
-
-@given(scale=st.floats(1e-6, 1), growth=st.lists(st.floats(1.01, 20), min_size=2, max_size=2))
-def test_prices_grow_with_what_is_merged_and_meet_what_was_measured(scale, growth):
-    price = [(0.2, scale), (0.4, scale * growth[0]), (0.6, scale * growth[0] * growth[1])]
-    values = [_interpolated(price, 1 - level) for level in LEVELS]
-    assert values[0] == 0
-    assert values == sorted(values)
-    for merged, measured in price:
-        assert _interpolated(price, merged) == pytest.approx(measured)
-
-
 @pytest.mark.parametrize(
     ("arguments", "options", "error", "message"),
     [
@@ -164,6 +176,10 @@ def test_prices_grow_with_what_is_merged_and_meet_what_was_measured(scale, growt
         ((0.67,), {"method": "tome"}, ConfigError, "leave method and stages out"),
         ((0.67,), {"stages": (1, 2)}, ConfigError, "leave method and stages out"),
         ((0.67,), {"similarity": "magic"}, ConfigError, "similarity"),
+        ((0.67,), {"simlarity": "keys"}, ConfigError, "no option 'simlarity'"),
+        ((0.67,), {"batch_size": 0}, ConfigError, "batch_size=0 is not a whole number of at least 1"),
+        ((0.67,), {"num_images": 0}, ConfigError, "num_images=0"),
+        ((0.67,), {"head": 3}, ConfigError, "head=3 cannot be called"),
     ],
 )
 def test_a_bad_request_is_refused_and_leaves_the_model_alone(arguments, options, error, message):
@@ -178,6 +194,11 @@ def test_calibration_needs_images_and_one_supported_model():
     model = timm.create_model("test_vit")
     with pytest.raises(DataError, match="given none"):
         calibrate(model, torch.zeros(0, 3, 160, 160))
+    for wrong in (torch.zeros(1, 3, 48, 48), torch.zeros(1, 1, 32, 32), torch.zeros(1, 3, 32, 32).double()):
+        with pytest.raises(DataError, match=r"does not take images \[\d, \d+, \d+\] of torch.float.*Prepare them"):
+            calibrate(make(), wrong)
+    with pytest.raises(DataError, match="uint8, not floats"):
+        calibrate(model, torch.zeros(1, 3, 160, 160, dtype=torch.uint8))
     with pytest.raises(UnsupportedModelError, match="no model that is served"):
         calibrate(torch.nn.Linear(2, 2), torch.zeros(1, 2))
     with pytest.raises(UnsupportedModelError, match="2 vision transformers"):

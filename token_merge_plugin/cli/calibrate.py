@@ -1,6 +1,7 @@
 """`token-merge calibrate`: the schedule for a model and a budget."""
 
 import argparse
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,12 @@ from token_merge_plugin.cli.options import (
     add_device_options,
     add_model_options,
     asked_batch_size,
+    given_options,
     load,
     open_images,
 )
-from token_merge_plugin.trial.calibration import BUDGETS, calibrate
+from token_merge_plugin.trial.budgets import WORK
+from token_merge_plugin.trial.calibration import Calibration, calibrate
 from token_merge_plugin.trial.measuring import keep_freed_memory
 
 
@@ -26,7 +29,7 @@ def add(commands: Any) -> None:
         commands,
         "calibrate",
         _calibrate,
-        "choose the stages and keep rates for your model and a budget, without labels",
+        "choose the stages, keep rates and options for your model and a budget, without labels",
         "Find the schedule that moves the model's output the least, for a share of its work, on some of your images.\n"
         "The file that is written is for --config of the other commands, and for MergeConfig.from_json.",
         "  token-merge calibrate --target 0.67 --output config.json && token-merge evaluate --config config.json\n"
@@ -34,7 +37,7 @@ def add(commands: Any) -> None:
     )
     group = parser.add_argument_group("what is looked for")
     group.add_argument("--target", type=float, default=0.67, metavar="SHARE", help="of the work (default: 0.67)")
-    group.add_argument("--budget", choices=BUDGETS, default="compute", help="what work is: multiply-adds, or time")
+    group.add_argument("--budget", choices=WORK, default="compute", help="what work is: multiply-adds, or time")
     group.add_argument("--output", type=Path, default=Path("config.json"), metavar="FILE", help="default: config.json")
     add_model_options(parser)
     add_data_options(parser)
@@ -45,20 +48,28 @@ def add(commands: Any) -> None:
 def _calibrate(args: argparse.Namespace) -> int:
     keep_freed_memory()
     model = load(args)
-    images = torch.cat([batch.images for batch in open_images(args, model)])
+    images = open_images(args, model)
+    reached: list[Calibration] = []
     with torch.autocast(args.device.type, DTYPES[args.amp or "float32"], enabled=args.amp is not None):
         config = calibrate(
             model,
             images,
             args.target,
             budget=args.budget,
+            num_images=None,  # that many were opened
             batch_size=asked_batch_size(args),
             seed=args.seed,
             progress=not args.quiet,
+            report=reached.append,
         )
     args.output.write_text(config.to_json() + "\n", encoding="utf-8")
     assert isinstance(config.keep_rate, Mapping)
     for block, rate in config.keep_rate.items():
         print(f"block {block}: keep rate {rate:.3f}")
-    print(f"Written: {args.output}")
+    print(f"importance: {config.importance}")
+    if not config.proportional_attention:
+        print("proportional attention: off")
+    print(*reached)
+    print(f"Written: {args.output}. To try it on all images:")
+    print(shlex.join(["token-merge", "evaluate", "--config", str(args.output), *given_options(args)]))
     return 0

@@ -169,3 +169,19 @@ def open_images(args: argparse.Namespace, model: nn.Module, **shard: int) -> Dat
 
 def asked_batch_size(args: argparse.Namespace) -> int:
     return args.batch_size or (256 if args.device.type == "cuda" else 50)
+
+
+def given_options(args: argparse.Namespace) -> list[str]:
+    """Return the options of model, images and device that were given, as they are written on a command line.
+
+    Without which and how many of the images were to be looked at.
+    """
+    parser = argparse.ArgumentParser()
+    for add in (add_model_options, add_data_options, add_device_options):
+        add(parser)
+    words = []
+    for name, default in vars(parser.parse_args([])).items():
+        value = getattr(args, name)
+        if value != default and name not in ("num_images", "unlabelled"):
+            words += [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
+    return words

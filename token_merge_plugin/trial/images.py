@@ -1,7 +1,7 @@
 """Images as a trial goes through them, in batches: whatever gives these, or tensors that are at hand."""
 
-from collections.abc import Iterator
-from typing import NamedTuple, Protocol
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
@@ -72,3 +72,65 @@ class Tensors:
             index = torch.arange(begin, min(begin + self.batch_size, len(self)))
             part = slice(begin, begin + len(index))
             yield Batch(self._images[part], self._labels[part], index, begin + len(index))
+
+
+# What images can be given as, where labels do not matter: see `collect_images`.
+AnyImages: TypeAlias = Tensor | Images | Iterable[Any]
+
+
+def collect_images(images: AnyImages, number: int | None = None) -> Tensor:
+    """Return the first images of what gives images, on the CPU; those of one tensor stay where they are.
+
+    Args:
+        images: a tensor, [B, C, H, W]; what a trial goes through; or a DataLoader or another iterable of batches. A
+            batch is a tensor, or a tuple, list or dict in which the first tensor of four dimensions has the images.
+        number: how many at most: an iterable is read no further. None for all.
+
+    Returns:
+        [at most `number`, C, H, W], of a float dtype.
+
+    Raises:
+        DataError: there are none, or they are not batches of images of one size and of a float dtype.
+    """
+    if isinstance(images, Tensor):
+        return _checked(images)[:number]
+    batches = getattr(images, "batches", lambda: images)()
+    if isinstance(batches, str | bytes | Mapping) or not hasattr(batches, "__iter__"):
+        raise DataError(f"Images are given as a {type(images).__name__}. {_ALLOWED}")
+    parts: list[Tensor] = []
+    for batch in batches:
+        part = _checked(_tensor_of(batch)).cpu()
+        if parts and (part.shape[1:], part.dtype) != (parts[0].shape[1:], parts[0].dtype):
+            both = " and ".join(f"{list(x.shape[1:])} of {x.dtype}" for x in (parts[0], part))
+            raise DataError(f"Batches have images of several kinds: {both}. Prepare all of them alike.")
+        parts.append(part)
+        if number is not None and sum(map(len, parts)) >= number:
+            break
+    if not parts:
+        raise DataError(f"There are no images: the {type(images).__name__} gives no batch.")
+    return torch.cat(parts)[:number]
+
+
+_ALLOWED = "Give a float tensor [B, C, H, W], a DataLoader, or another iterable of such batches."
+
+
+def _tensor_of(batch: Any) -> Any:
+    """Return the tensor of images in a batch; the batch itself where there is none."""
+    values = [*batch.values()] if isinstance(batch, Mapping) else batch if isinstance(batch, tuple | list) else [batch]
+    tensors = [value for value in values if isinstance(value, Tensor)]
+    return next((tensor for tensor in tensors if tensor.ndim == 4), tensors[0] if tensors else batch)
+
+
+def _checked(images: Any) -> Tensor:
+    if not isinstance(images, Tensor):
+        raise DataError(f"A batch is a {type(images).__name__} without a tensor. {_ALLOWED}")
+    if images.ndim != 4:
+        one = " One image is a batch as image[None]; a Dataset gives batches through a DataLoader."
+        raise DataError(f"A batch has the shape {list(images.shape)}. {_ALLOWED}{one if images.ndim == 3 else ''}")
+    if not images.is_floating_point():
+        raise DataError(
+            f"Images are {images.dtype}, not floats. Give them preprocessed: scaled, and normalised by mean and std."
+        )
+    if len(images) == 0:
+        raise DataError("There are no images: given none.")
+    return images

@@ -40,6 +40,11 @@ def plan(model: nn.Module, config: MergeConfig | None) -> nn.Module:
     return remove(model) if config is None else apply(model, config)
 
 
+def device_of(model: nn.Module) -> torch.device:
+    """Return the device of the model's first parameter; the CPU for a model that has none."""
+    return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+
+
 def halved(batch_size: int) -> int:
     """Return half of a batch size, with which memory ran out, and say so.
 
