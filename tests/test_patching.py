@@ -1,6 +1,7 @@
 """`apply`, `remove` and the registry: what they refuse, and that a refusal changes nothing."""
 
 import gc
+import pickle
 import threading
 import warnings
 import weakref
@@ -27,6 +28,8 @@ from token_merge_plugin import (
     supported_models,
 )
 from token_merge_plugin.adapters import registry, vit
+from token_merge_plugin.method.multiscale import MultiScaleFusion
+from token_merge_plugin.method.state import Plan
 from token_merge_plugin.trial.counting import count_macs
 
 
@@ -355,3 +358,18 @@ def test_every_error_of_the_package_has_the_common_base():
         thing = getattr(token_merge_plugin, name)
         if isinstance(thing, type) and issubclass(thing, Exception):
             assert issubclass(thing, token_merge_plugin.TokenMergeError)
+
+
+@torch.no_grad()
+def test_a_model_that_was_pickled_by_version_0_1_0_names_modules_that_have_moved_and_loads(monkeypatch):
+    model, x = apply(make(), 0.6, multi_scale="learned"), images()
+    expected = model(x)
+    for cls in (Plan, MultiScaleFusion):
+        former = cls.__module__.replace(".method.", ".")
+        assert former != cls.__module__
+        monkeypatch.setattr(cls, "__module__", former)
+    pickled = pickle.dumps(model)
+    monkeypatch.undo()
+    assert b"token_merge_plugin.state" in pickled
+    assert b"token_merge_plugin.multiscale" in pickled
+    assert torch.equal(pickle.loads(pickled)(x), expected)

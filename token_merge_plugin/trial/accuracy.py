@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from token_merge_plugin.config import MergeConfig
-from token_merge_plugin.trial.dense import Head, Readings, change, evaluating_head, is_dense, read, relative_error
+from token_merge_plugin.trial.dense import Head, Readings, change, evaluating_head, is_dense, read, sum_of_errors
 from token_merge_plugin.trial.images import Batch, Images
 from token_merge_plugin.trial.journal import Journal
 from token_merge_plugin.trial.measuring import halved, plan
@@ -211,8 +211,8 @@ def _count(mine: Seen, unpatched: Seen, labels: Tensor) -> Counts:
         agree,
         max(0.0, kl.item()),
         cosine,
-        relative_error(mine.readings.patches, unpatched.readings.patches),
-        relative_error(mine.readings.class_token, unpatched.readings.class_token),
+        sum_of_errors(mine.readings.patches, unpatched.readings.patches),
+        sum_of_errors(mine.readings.class_token, unpatched.readings.class_token),
         change(mine.readings.head, unpatched.readings.head),
     )
 

@@ -7,7 +7,6 @@ then steps of it are moved between blocks as long as that brings the output clos
 
 import random
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from numbers import Integral
@@ -21,6 +20,7 @@ from token_merge_plugin.config import MergeConfig
 from token_merge_plugin.errors import ConfigError, DataError, first_line
 from token_merge_plugin.patching import apply, remove, stage_choices
 from token_merge_plugin.trial.budgets import WORK, Budget, scheduled
+from token_merge_plugin.trial.dense import Head, evaluating_head
 from token_merge_plugin.trial.distances import Unpatched, paired_difference
 from token_merge_plugin.trial.images import AnyImages, collect_images
 from token_merge_plugin.trial.measuring import device_of, evaluating
@@ -82,7 +82,7 @@ def calibrate(
     target: float = 0.67,
     *,
     budget: str = "compute",
-    head: Callable[[Any], Any] | None = None,
+    head: Head | None = None,
     num_images: int | None = 300,
     moves: int = 24,
     batch_size: int = 50,
@@ -129,7 +129,7 @@ def calibrate(
     remove(model)
     sections, default = stage_choices(model)
     batches = collect_images(images, num_images).split(batch_size)
-    with evaluating(model), evaluating(head) if isinstance(head, nn.Module) else nullcontext(), torch.inference_mode():
+    with evaluating(model), evaluating_head(head), torch.inference_mode():
         try:
             first = batches[0].to(device_of(model))
             _check_images(model, first[:1])

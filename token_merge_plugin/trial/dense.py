@@ -62,16 +62,21 @@ def read(model: nn.Module, tokens: Any, head: Head | None) -> Readings:
     return Readings(patches, tokens[:, 0] if has_class_token else None, output)
 
 
-def relative_error(patched: Tensor | None, unpatched: Tensor | None) -> float | None:
-    """Return the sum over images of |patched - unpatched| / |unpatched|, Euclidean norms of all numbers of an image.
+def relative_errors(patched: Tensor, unpatched: Tensor) -> Tensor:
+    """Return |patched - unpatched| / |unpatched| of each image [B], Euclidean norms of all its numbers [B, ...]."""
+    length = unpatched.flatten(1).norm(dim=1)
+    distance = (patched - unpatched).flatten(1).norm(dim=1)
+    return distance / length.clamp(min=torch.finfo(length.dtype).tiny)
+
+
+def sum_of_errors(patched: Tensor | None, unpatched: Tensor | None) -> float | None:
+    """Return the sum over images of their relative errors.
 
     None where there is nothing to compare, or where merged tokens were not restored to the unpatched model's.
     """
     if patched is None or unpatched is None or patched.shape != unpatched.shape:
         return None
-    length = unpatched.flatten(1).norm(dim=1)
-    distance = (patched - unpatched).flatten(1).norm(dim=1)
-    return (distance / length.clamp(min=torch.finfo(length.dtype).tiny)).sum().item()
+    return relative_errors(patched, unpatched).sum().item()
 
 
 def change(patched: Tensor | None, unpatched: Tensor | None) -> float | None:

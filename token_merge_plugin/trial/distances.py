@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from token_merge_plugin.errors import ConfigError, DataError
+from token_merge_plugin.trial.dense import Head, read, relative_errors
 from token_merge_plugin.trial.measuring import device_of
 
 
@@ -33,7 +34,7 @@ class Unpatched:
         DataError: the unpatched output is not finite.
     """
 
-    def __init__(self, model: nn.Module, batches: Sequence[Tensor], head: Callable[[Any], Any] | None = None):
+    def __init__(self, model: nn.Module, batches: Sequence[Tensor], head: Head | None = None):
         self._model, self._batches, self._device = model, batches, device_of(model)
         self._output, self.measure = _what_counts(model, head)
         self._classifies = self._output is model and _is_of_classes(model(self._on_device(0)[:1]))
@@ -53,7 +54,7 @@ class Unpatched:
         if self._classifies:
             divergence = F.kl_div(output, expected, log_target=True, reduction="none").sum(dim=1)
             return divergence.clamp(min=0).sqrt().cpu()
-        return ((output - expected).norm(dim=1) / expected.norm(dim=1).clamp(min=1e-12)).cpu()
+        return relative_errors(output, expected).cpu()
 
     def _on_device(self, index: int) -> Tensor:
         return self._batches[index].to(self._device)
@@ -83,7 +84,7 @@ def paired_difference(mine: Tensor, other: Tensor) -> tuple[float, float]:
     return difference.mean().item(), error
 
 
-def _what_counts(model: Any, head: Callable[[Any], Any] | None) -> tuple[Callable[[Tensor], Any], str]:
+def _what_counts(model: Any, head: Head | None) -> tuple[Callable[[Tensor], Any], str]:
     """Return what makes of images that which is compared, and what its relative error is called."""
     has_features = hasattr(model, "forward_features")
     if head is not None:
@@ -98,11 +99,9 @@ def _what_counts(model: Any, head: Callable[[Any], Any] | None) -> tuple[Callabl
 
 
 def _patch_tokens(model: nn.Module, features: Any) -> Any:
-    """Return features without the prefix tokens, where they are one sequence: [B, T, C]."""
-    prefix = getattr(model, "num_prefix_tokens", 0)
-    if isinstance(features, Tensor) and features.ndim == 3 and features.shape[1] > prefix:
-        return features[:, prefix:]
-    return features
+    """Return the patch tokens of features, or the features where they have none."""
+    patches = read(model, features, None).patches
+    return features if patches is None else patches
 
 
 def _is_of_classes(output: Any) -> bool:
