@@ -337,9 +337,11 @@ def test_baselines_compile_without_graph_breaks_and_train(method):
 def test_the_methods_leave_the_same_compute_at_one_keep_rate():
     model, (x, _) = create_reference_model(), load_images()
     macs = {m: count_macs(apply(model, 0.7, method=m), x[:1]) for m in METHODS}
-    # Merging compares all tokens with each other, which counts in a model with so few channels; so does attention,
-    # which is not linear in the tokens, and of which late numbers leave more.
-    assert max(macs.values()) < 1.05 * min(macs.values())
+    least = min(macs.values())
+    # Attention is not linear in the tokens, and late numbers leave more of it.
+    assert macs.pop("late_tome") < 1.05 * least
+    # Merging compares all tokens with each other, which counts in a model with so few channels.
+    assert max(macs.values()) < 1.04 * least
 
 
 def test_the_baselines_move_the_output_further_than_merging_does_on_the_built_in_model():
