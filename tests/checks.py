@@ -37,6 +37,20 @@ def tensors(output):
     return [tensor for part in parts for tensor in tensors(part)]
 
 
+def calls(model, images):
+    """Return {name: numbers of dimensions of the tensors given} of the modules that run, for the last call of each."""
+    ran = {}
+
+    def note(name):
+        return lambda module, args: ran.update({name: [x.dim() for x in args if isinstance(x, torch.Tensor)]})
+
+    hooks = [module.register_forward_pre_hook(note(name)) for name, module in model.named_modules()]
+    model(images)
+    for hook in hooks:
+        hook.remove()
+    return ran
+
+
 def set_fused_attention(model, fused):
     for module in model.modules():
         if hasattr(module, "fused_attn"):

@@ -315,6 +315,29 @@ def images(kind="ViT", batch=2, seed=1):
     return torch.randn(batch, 3, size, size)
 
 
+class Opaque(nn.Module):
+    """A linear layer as LoRA, quantisation and the like leave it: it can be called, and has no weight to be read."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.base = linear
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+
+    def forward(self, x):
+        return self.base(x)
+
+
+def wrap_linears(model):
+    """Make the linear layers of a model opaque, also where timm would read their weights unless told not to."""
+    for module in list(model.modules()):
+        if hasattr(module, "qkv_bias_separate"):
+            module.qkv_bias_separate = True
+        for name, child in list(module.named_children()):
+            if isinstance(child, nn.Linear) and name != "input_proj":  # Gemma's, which timm asks for its dtype
+                setattr(module, name, Opaque(child))
+    return model
+
+
 def fingerprint(model):
     """Everything that `remove` has to bring back."""
     return {

@@ -6,8 +6,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from checks import COPIES, gradients, onnx_runtime, set_fused_attention, shapes
-from families import FAMILIES, KINDS, fingerprint, images, make
+from checks import COPIES, calls, gradients, onnx_runtime, set_fused_attention, shapes
+from families import FAMILIES, KINDS, fingerprint, images, make, wrap_linears
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -168,6 +168,22 @@ def test_attention_with_and_without_fused_kernels_agrees(kind):
         set_fused_attention(model, fused)
         outputs.append(model(x))
     torch.testing.assert_close(*outputs, rtol=1e-3, atol=1e-4)
+
+
+@every_kind
+@torch.no_grad()
+def test_every_module_that_timm_calls_is_called(kind):
+    """Hooks see what they saw, and layers that another library has wrapped count: nobody reads a weight behind them."""
+    model, x = make(kind), images(kind)
+    set_fused_attention(model, False)
+    model(x)  # in its first pass, timm's ConViT reads a weight
+    expected = apply(copy.deepcopy(model), 0.6)(x)
+    unpatched = calls(wrap_linears(model), x)
+    patched = calls(apply(model, 0.6), x)
+    assert patched.keys() == unpatched.keys()
+    matrices = [name for name in unpatched if name.endswith(("attn_drop", "softmax", "rel_pos", "proj_l", "proj_w"))]
+    assert [patched[name] for name in matrices] == [unpatched[name] for name in matrices]
+    torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-5)
 
 
 @every_kind

@@ -3,11 +3,18 @@
 A report becomes a test here, whose docstring says what was done.
 """
 
+import copy
+import io
+import warnings
+
+import onnx
 import pytest
 import timm
 import torch
-from checks import shapes
+from checks import set_fused_attention, shapes
 from families import images, make
+from timm.utils import AttentionExtract
+from torch import nn
 
 from token_merge_plugin import PatchStateError, UnsupportedModelError, apply
 
@@ -87,3 +94,66 @@ def test_a_loop_over_the_blocks_restores_the_grid():
     for block in model.blocks:
         tokens = block(tokens)
     torch.testing.assert_close(model.norm(tokens), model.forward_features(x))
+
+
+class LoRA(nn.Module):
+    """A low-rank product beside a linear layer, which shows that layer's weight as its own."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.base = base
+        self.down = nn.Linear(base.in_features, 4, bias=False)
+        self.up = nn.Linear(4, base.out_features, bias=False)
+
+    @property
+    def weight(self):
+        return self.base.weight
+
+    def forward(self, x):
+        return self.base(x) + self.up(self.down(x))
+
+
+@pytest.mark.parametrize("kind", ["EVA-02", "BEiT", "Swin V2"])
+@torch.no_grad()
+def test_a_lora_on_a_layer_whose_biases_timm_keeps_apart_counts_in_merged_blocks(kind):
+    """LoRA is put on qkv, with qkv_bias_separate=True, so that timm calls the layer."""
+    model, x = make(kind), images(kind)
+    folded = copy.deepcopy(model)
+    layers = [[m for m in half.modules() if hasattr(m, "qkv_bias_separate")] for half in (model, folded)]
+    for attention, other in zip(*layers, strict=True):
+        attention.qkv_bias_separate = True
+        attention.qkv = LoRA(attention.qkv)
+        other.qkv.weight.add_(attention.qkv.up.weight @ attention.qkv.down.weight)
+    torch.testing.assert_close(apply(model, 0.6)(x), apply(folded, 0.6)(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["ViT", "DINOv3", "Swin", "ConViT", "TNT"])
+@torch.no_grad()
+def test_attention_maps_are_extracted_from_every_block(kind):
+    """timm's own AttentionExtract hooks attn_drop; attention rollout does the same."""
+    model, x = make(kind), images(kind)
+    set_fused_attention(model, False)
+    unpatched = AttentionExtract(model, method="hook")(x)
+    apply(model, 0.6)
+    patched = AttentionExtract(model, method="hook")(x)
+    assert patched.keys() == unpatched.keys()
+    for attention in patched.values():
+        torch.testing.assert_close(attention.sum(-1), torch.ones(attention.shape[:-1]), rtol=1e-4, atol=1e-4)
+
+
+def exported_by_tracing(model, x, **options):
+    """Return the graph that torch.onnx.export makes without Dynamo."""
+    file = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(model, (x,), file, dynamo=False, **options)
+    return onnx.load_from_string(file.getvalue())
+
+
+def test_attention_without_fused_kernels_exports_without_dropout():
+    """A model is exported to ONNX by tracing, with fused attention off, for a runtime that knows no Dropout."""
+    model = make()
+    set_fused_attention(model, False)
+    graph = exported_by_tracing(apply(model, 0.6), images()).graph
+    assert "Softmax" in {node.op_type for node in graph.node}
+    assert "Dropout" not in {node.op_type for node in graph.node}

@@ -7,7 +7,7 @@ compiles, exports and deep-copies like any other. (A wrapt proxy around a block 
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from functools import wraps
+from functools import partial, wraps
 from typing import Any, ClassVar, NamedTuple, TypeAlias
 
 import torch
@@ -294,7 +294,7 @@ class PatchedSelfAttention(PatchedAttention):
 
     def merged_forward(self: Any, x: Tensor, attn_mask: Tensor | None = None) -> Tensor:
         query, key, value = self.qkv(x).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        out = attend(self, query, key, value, attn_mask, dropout=self.attn_drop.p)
+        out = attend(self, query, key, value, attn_mask)
         return self.proj_drop(self.proj(out.transpose(1, 2).flatten(2)))
 
 
@@ -308,18 +308,19 @@ def attend(
     *,
     position_bias: Tensor | None = None,
     scale: float | None = None,
-    dropout: float = 0.0,
+    dropout: float | None = None,
+    drop: Callable[[Tensor], Tensor] | None = None,
     head_weight: Tensor | None = None,
 ) -> Tensor:
     """Attend in a patched module, with the sizes of the tokens counted, and note the evidence if it is a stage.
 
     Args:
-        module: has `scale` and, as a rule, `fused_attn`, as timm's attention layers do.
+        module: has `scale` and, as a rule, `fused_attn` and `attn_drop`, as timm's attention layers do.
         query, key, value: [B, H, P + K, D]; see `attention.attention`.
         attn_mask, is_causal: as the model was given them, for all patches.
         position_bias: for all patches, added to the logits; see `method.patches`.
         scale: factor of the logits, if not the module's.
-        dropout: probability of dropping an attention weight in training.
+        dropout, drop: as in `attend_by_parts`.
         head_weight: [H]; see `importance.query_row_attention`.
 
     Returns:
@@ -334,15 +335,52 @@ def attend(
     if position_bias is not None:
         position_bias = state.position_bias(position_bias)
         bias = position_bias if bias is None else bias + position_bias
+    log_size = None if counts_sizes else plan.log_size(state)
+    return attend_by_parts(
+        module, query, key, value, scale=scale, bias=bias, log_size=log_size, dropout=dropout, drop=drop
+    )
+
+
+def attend_by_parts(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    scale: float,
+    bias: Tensor | None = None,
+    log_size: Tensor | None = None,
+    dropout: float | None = None,
+    drop: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
+    """Attend with the modules that a layer has for it, which may have hooks or be others than timm's.
+
+    Args:
+        module: attends by fused kernels if its `fused_attn` is true. Otherwise its `softmax` and `attn_drop`, where it
+            has them, are called on the attention matrix, as timm does.
+        query, key, value, scale, bias, log_size: as in `attention.attention`.
+        dropout: probability of dropping an attention weight in training, if the layer has no `attn_drop` with that.
+        drop: calls `attn_drop` on an attention matrix [B, H, T, T], if timm gives it another layout.
+    """
+    layer = getattr(module, "attn_drop", None)
+    probability = 0.0
+    if module.training:
+        probability = getattr(layer, "p", 0.0) if dropout is None else dropout
+    if drop is None:
+        drop = layer
+    if drop is None and probability:
+        drop = partial(F.dropout, p=probability)
     return attention(
         query,
         key,
         value,
         scale=scale,
         bias=bias,
-        log_size=None if counts_sizes else plan.log_size(state),
-        dropout=dropout if module.training else 0.0,
+        log_size=log_size,
+        dropout=probability,
         fused=getattr(module, "fused_attn", False),
+        softmax=getattr(module, "softmax", None),
+        drop=drop,
     )
 
 
@@ -350,7 +388,26 @@ def project_qkv(module: Any, x: Tensor) -> Tensor:
     """Return query, key and value side by side, of a layer whose biases timm may keep apart: [B, T, 3 * C]."""
     if getattr(module, "q_bias", None) is None:
         return module.qkv(x)
-    return F.linear(x, module.qkv.weight, torch.cat((module.q_bias, module.k_bias, module.v_bias)))
+    bias = torch.cat((module.q_bias, module.k_bias, module.v_bias))
+    if module.qkv_bias_separate:
+        return module.qkv(x) + bias
+    return F.linear(x, module.qkv.weight, bias)  # as timm does: here it does not call the layer
+
+
+def relative_bias(module: Any, query: Tensor, tokens: int, shared: Tensor | None = None) -> Tensor | None:
+    """Return the bias of each pair of patches and prefix tokens by their relative position: [1, H, T, T].
+
+    Args:
+        module: an attention layer whose `rel_pos` is called by timm, on the logits, where attention is not fused.
+        query: [B, H, K, D].
+        tokens: T, prefix tokens and all patches.
+        shared: the bias if the layer has no `rel_pos`, or None.
+    """
+    if module.rel_pos is None:
+        return shared
+    if getattr(module, "fused_attn", False):
+        return module.rel_pos.get_bias()
+    return module.rel_pos(query.new_zeros(1, query.shape[1], tokens, tokens))
 
 
 Known: TypeAlias = Mapping[type[nn.Module], type[Patched]]

@@ -22,7 +22,7 @@ class MergingBeitAttention(PatchedAttention):
             position_bias = self._get_rel_pos_bias()
             if shared_rel_pos_bias is not None:
                 position_bias = position_bias + shared_rel_pos_bias
-        out = attend(self, *qkv.unbind(0), position_bias=position_bias, dropout=self.attn_drop.p)
+        out = attend(self, *qkv.unbind(0), position_bias=position_bias)
         return self.proj_drop(self.proj(out.transpose(1, 2).flatten(2)))
 
 

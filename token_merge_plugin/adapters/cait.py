@@ -19,7 +19,7 @@ class MergingTalkingHeadAttn(PatchedAttention):
     """CaiT's `TalkingHeadAttn`: heads mix their logits, and their attention (Shazeer et al. 2020).
 
     Sizes count behind the first mixture, right before the softmax. The second one has a bias, a weight that every
-    patch gets whatever it looks like: a token gets it once for each patch that it stands for.
+    patch gets whatever it looks like: so it mixes the attention that each of a token's patches gets.
     """
 
     parts = ("qkv", "attn_drop", "proj", "proj_l", "proj_w", "proj_drop")
@@ -28,17 +28,16 @@ class MergingTalkingHeadAttn(PatchedAttention):
         plan, block = self._token_merge
         state = plan.current()
         query, key, value = self.qkv(x).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-        if block in plan.schedule:
-            state.evidence.append(Evidence(query, key, value, self.scale, head_mix=self.proj_l.weight))
         logits = mix_heads(self.proj_l, (query * self.scale) @ key.transpose(-2, -1))
+        if block in plan.schedule:
+            state.evidence.append(Evidence(query, key, value, self.scale, logits=logits))
         log_size = plan.log_size(state)
         if log_size is None:
             weight = mix_heads(self.proj_w, logits.softmax(dim=-1))
         else:
             logits = logits + log_size[:, None, None, :].to(logits.dtype)
-            bias = self.proj_w.bias[:, None, None]
-            more = (state.merged.size - 1)[:, None, None, :].to(bias.dtype)
-            weight = mix_heads(self.proj_w, logits.softmax(dim=-1)) + bias * more
+            size = state.merged.size[:, None, None, :].to(logits.dtype)
+            weight = mix_heads(self.proj_w, logits.softmax(dim=-1) / size) * size
         out = self.attn_drop(weight) @ value
         return self.proj_drop(self.proj(out.transpose(1, 2).flatten(2)))
 

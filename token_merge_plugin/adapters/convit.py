@@ -9,6 +9,7 @@ from typing import Any
 
 import timm.models.convit as convit
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from token_merge_plugin.adapters.base import (
@@ -16,48 +17,64 @@ from token_merge_plugin.adapters.base import (
     PatchedAttention,
     PatchedBlock,
     PatchedSelfAttention,
-    attend,
     register_adapter,
 )
+from token_merge_plugin.method.state import Evidence
 
 
 class MergingGPSA(PatchedAttention):
     """ConViT's `GPSA`, gated positional self-attention (d'Ascoli et al. 2021).
 
     Positional attention does not depend on the image, so it is that of a token's representative to all patches, each
-    of which has the value of the token that holds it. That costs K N C instead of K^2 C multiply-adds, and is exact:
-    positions of the tokens alone would not tell where the patches lie that they stand for. It counts every patch
-    once, with `proportional_attention` or without.
+    of which has the value of the token that holds it. Attention by content is shared out among the patches of a token,
+    so that the two can be mixed. That costs K N C instead of K^2 C multiply-adds, and is exact: positions of the
+    tokens alone would not tell where the patches lie that they stand for. By position every patch counts once, with
+    `proportional_attention` or without.
     """
 
     parts = ("qk", "v", "attn_drop", "proj", "pos_proj", "proj_drop")
-    fused_attn = True  # timm builds the matrix to mix the two; mixing what they return is the same
 
     def merged_forward(self: Any, x: Tensor) -> Tensor:
-        plan = self._token_merge.plan
+        plan, block = self._token_merge
         state = plan.current()
         query, key = self.qk(x).unflatten(2, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
         value = self.v(x)
-        by_patch = plan.restore(state, value)  # [B, N, C]
-        value, by_patch = (y.unflatten(2, (self.num_heads, -1)).transpose(1, 2) for y in (value, by_patch))
         gate = torch.sigmoid(self.gating_param)
-        content = attend(self, query, key, value, dropout=self.attn_drop.p, head_weight=1 - gate)
-        position = self.attn_drop(state.positions(self.positional_attention(state.num_patches))) @ by_patch
+        if block in plan.schedule:
+            heads = value.unflatten(2, (self.num_heads, -1)).transpose(1, 2)
+            state.evidence.append(Evidence(query, key, heads, self.scale, head_weight=1 - gate))
         gate = gate[:, None, None]
-        out = (1 - gate) * content + gate * position
-        return self.proj_drop(self.proj(out.transpose(1, 2).flatten(2)))
+        content = self.attention_by_content(query, key)
+        position = state.positions(self.positional_attention(state.num_patches))  # [1 or B, H, K, N]
+        weight = self.attn_drop((1 - gate) * content + gate * position)
+        by_patch = plan.restore(state, value).unflatten(2, (self.num_heads, -1)).transpose(1, 2)  # [B, H, N, D]
+        return self.proj_drop(self.proj((weight @ by_patch).transpose(1, 2).flatten(2)))
+
+    def attention_by_content(self: Any, query: Tensor, key: Tensor) -> Tensor:
+        """Return the attention of each token to each patch by what they look like: [B, H, K, N]."""
+        plan = self._token_merge.plan
+        state = plan.current()
+        logits = (query * self.scale) @ key.transpose(-2, -1)
+        log_size = plan.log_size(state)
+        if log_size is not None:
+            logits = logits + log_size[:, None, None, :].to(logits.dtype)
+        weight = logits.softmax(dim=-1)
+        if state.merged is None:
+            return weight
+        size, token_map = state.merged.size[:, None, None, :].to(weight.dtype), state.merged.token_map
+        # Patches whose token was dropped get nothing.
+        share = F.pad(weight / size, (0, 1))  # [B, H, K, K + 1]
+        return share.gather(3, token_map[:, None, None, :].expand(*weight.shape[:3], -1))
 
     def positional_attention(self: Any, num_patches: int) -> Tensor:
-        """Return the attention by position among all patches: [H, N, N]."""
+        """Return the attention by position among all patches: [1, H, N, N]."""
         if self.rel_indices.shape[1] != num_patches:  # not made yet: timm makes them on the first call
             self.rel_indices = self.get_rel_indices(num_patches)
-        return self.pos_proj(self.rel_indices[0]).permute(2, 0, 1).softmax(dim=-1)
+        return self.pos_proj(self.rel_indices).permute(0, 3, 1, 2).softmax(dim=-1)
 
 
 class MergingMHSA(PatchedSelfAttention):
-    """ConViT's `MHSA`. It is not fused; on merged tokens it is."""
-
-    fused_attn = True
+    """ConViT's `MHSA`."""
 
 
 class MergingConvitBlock(PatchedBlock):

@@ -33,7 +33,7 @@ class MergingAttentionRope(PatchedAttention):
         groups = query.shape[1] // key.shape[1]
         if groups > 1:  # grouped queries
             key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-        out = attend(self, query, key, value, *args, dropout=self.attn_drop.p, **kwargs)
+        out = attend(self, query, key, value, *args, **kwargs)
         out = self.norm(out.transpose(1, 2).flatten(2))
         if getattr(self, "gate", None) is not None:
             out = out * self.gate(x).sigmoid()

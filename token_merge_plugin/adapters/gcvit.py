@@ -8,7 +8,14 @@ from typing import Any
 import timm.models.gcvit as gcvit
 from torch import Tensor, nn
 
-from token_merge_plugin.adapters.base import GridAdapter, PatchedAttention, PatchedGridBlock, attend, register_adapter
+from token_merge_plugin.adapters.base import (
+    GridAdapter,
+    PatchedAttention,
+    PatchedGridBlock,
+    attend,
+    register_adapter,
+    relative_bias,
+)
 from token_merge_plugin.method.merging import take
 
 
@@ -27,7 +34,8 @@ class MergingGlobalAttention(PatchedAttention):
             query = query.unflatten(2, (self.num_heads, self.head_dim)).transpose(1, 2)
         else:
             query = projected[0]
-        out = attend(self, query, key, value, position_bias=self.rel_pos.get_bias(), dropout=self.attn_drop.p)
+        bias = relative_bias(self, query, self._token_merge.plan.current().num_patches)
+        out = attend(self, query, key, value, position_bias=bias)
         return self.proj_drop(self.proj(out.transpose(1, 2).flatten(2)))
 
 

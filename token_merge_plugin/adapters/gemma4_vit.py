@@ -37,7 +37,7 @@ class MergingGemma4Attention(PatchedAttention):
         value = self.v_norm(value).transpose(1, 2)
         if self.num_kv_groups > 1:  # grouped queries
             key, value = (y.repeat_interleave(self.num_kv_groups, dim=1) for y in (key, value))
-        out = attend(self, query, key, value, attn_mask, dropout=self.attn_drop.p)
+        out = attend(self, query, key, value, attn_mask)
         return self.proj_drop(self.o_proj(out.transpose(1, 2).flatten(2)))
 
 

@@ -27,9 +27,7 @@ from token_merge_plugin.adapters.vit import MergingAttention
 
 
 class MergingOriginalAttention(PatchedSelfAttention):
-    """`Attention` of the TokenLabeling package, which is not fused; on merged tokens it is."""
-
-    fused_attn = True
+    """`Attention` of the TokenLabeling package."""
 
     def merged_forward(self, x: Tensor, padding_mask: Tensor | None = None) -> Tensor:
         return super().merged_forward(x, None if padding_mask is None else ~padding_mask.bool()[:, None, None, :])

@@ -11,7 +11,14 @@ import timm.models.maxxvit as maxxvit
 import torch
 from torch import Tensor, nn
 
-from token_merge_plugin.adapters.base import GridAdapter, PatchedAttention, PatchedGridBlock, attend, register_adapter
+from token_merge_plugin.adapters.base import (
+    GridAdapter,
+    PatchedAttention,
+    PatchedGridBlock,
+    attend,
+    register_adapter,
+    relative_bias,
+)
 
 
 class MergingPartitionAttention(PatchedAttention):
@@ -29,8 +36,9 @@ class MergingPartitionAttention(PatchedAttention):
         else:
             parts = projected.unflatten(2, (3, self.num_heads, self.dim_head)).permute(2, 0, 3, 1, 4)
         query, key, value = parts  # [W, H, K, D]
-        bias = shared_rel_pos if self.rel_pos is None else self.rel_pos.get_bias()
-        out = attend(self, query, key, value, position_bias=bias, dropout=self.attn_drop.p)
+        patches = self._token_merge.plan.current().num_patches
+        bias = relative_bias(self, query, patches, shared_rel_pos)
+        out = attend(self, query, key, value, position_bias=bias)
         return out.transpose(1, 2).flatten(2)
 
 
@@ -129,7 +137,8 @@ class MergingTransformerBlock2d(MergingBlock):
         batch = len(x)
         normed = None
         if isinstance(self.shortcut, maxxvit.Downsample2d):
-            normed, x = self.norm1(x).flatten(2).transpose(1, 2), self.shortcut(x)
+            normed = self.norm1(x).flatten(2).transpose(1, 2)
+        x = self.shortcut(x)
 
         def update(tokens: Tensor) -> Tensor:
             x = _image(tokens)

@@ -19,11 +19,15 @@ class MergingNestAttention(PatchedAttention):
     parts = ("qkv", "attn_drop", "proj", "proj_drop")
 
     def merged_forward(self: Any, x: Tensor) -> Tensor:
-        qkv = self.qkv(x.flatten(0, 1)).unflatten(2, (3, self.num_heads, -1))  # [B * windows, K, 3, H, D]
+        qkv = self.qkv(x).flatten(0, 1).unflatten(2, (3, self.num_heads, -1))  # [B * windows, K, 3, H, D]
         query, key, value = qkv.permute(2, 0, 3, 1, 4)
-        out = attend(self, query, key, value, dropout=self.attn_drop.p)
+        out = attend(self, query, key, value, drop=lambda weight: self.drop(weight, x.shape[:2]))
         out = out.permute(0, 2, 3, 1).flatten(2)  # unlike elsewhere, the heads lie side by side in each channel
-        return self.proj_drop(self.proj(out)).unflatten(0, x.shape[:2])
+        return self.proj_drop(self.proj(out.unflatten(0, x.shape[:2])))
+
+    def drop(self: Any, weight: Tensor, windows: tuple[int, int]) -> Tensor:
+        """Drop of an attention matrix [B * windows, H, K, K], which timm has as [B, H, windows, K, K]."""
+        return self.attn_drop(weight.unflatten(0, windows).transpose(1, 2)).transpose(1, 2).flatten(0, 1)
 
 
 class MergingTransformerLayer(PatchedGridBlock):

@@ -5,7 +5,7 @@ from typing import Any
 import timm.models.vision_transformer_relpos as relpos
 from torch import Tensor
 
-from token_merge_plugin.adapters.base import PatchedAttention, attend, register_adapter
+from token_merge_plugin.adapters.base import PatchedAttention, attend, register_adapter, relative_bias
 from token_merge_plugin.adapters.vit import MergingBlock, MergingResPostBlock, VisionTransformerAdapter
 
 
@@ -17,9 +17,10 @@ class MergingRelPosAttention(PatchedAttention):
     def merged_forward(self: Any, x: Tensor, shared_rel_pos: Tensor | None = None) -> Tensor:
         qkv = self.qkv(x).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
         query, key, value = qkv.unbind(0)
-        position_bias = shared_rel_pos if self.rel_pos is None else self.rel_pos.get_bias()
         query, key = self.q_norm(query), self.k_norm(key)
-        out = attend(self, query, key, value, position_bias=position_bias, dropout=self.attn_drop.p)
+        state = self._token_merge.plan.current()
+        position_bias = relative_bias(self, query, state.num_prefix_tokens + state.num_patches, shared_rel_pos)
+        out = attend(self, query, key, value, position_bias=position_bias)
         return self.proj_drop(self.proj(out.transpose(1, 2).flatten(2)))
 
 

@@ -11,8 +11,13 @@ import torch
 from timm.layers import apply_rot_embed_cat
 from torch import Tensor
 
-from token_merge_plugin.adapters.base import GridAdapter, PatchedAttention, PatchedGridBlock, register_adapter
-from token_merge_plugin.method.attention import attention
+from token_merge_plugin.adapters.base import (
+    GridAdapter,
+    PatchedAttention,
+    PatchedGridBlock,
+    attend_by_parts,
+    register_adapter,
+)
 from token_merge_plugin.method.merging import pad_to_windows
 
 
@@ -33,17 +38,21 @@ class MergingSamAttention(PatchedAttention):
             rope = state.positions(self.rope.get_embed())
             query = apply_rot_embed_cat(query, rope).type_as(value)
             key = apply_rot_embed_cat(key, rope).type_as(value)
-        out = attention(
+        out = attend_by_parts(
+            self,
             query,
             key,
             value,
             scale=self.scale,
             bias=bias,
             log_size=plan.log_size(state),
-            dropout=self.attn_drop.p if self.training else 0.0,
-            fused=self.fused_attn,
+            drop=self.drop,
         )
         return self.proj_drop(self.proj(out.transpose(1, 2).flatten(2)))
+
+    def drop(self: Any, weight: Tensor) -> Tensor:
+        """Drop of an attention matrix [W, H, K, K], which timm has as [W * H, K, K]."""
+        return self.attn_drop(weight.flatten(0, 1)).unflatten(0, weight.shape[:2])
 
     def position_bias(self: Any, query: Tensor, grid_size: tuple[int, int], position: Tensor) -> Tensor:
         """Return the bias of each pair of tokens, the sum of one by rows and one by columns: [W, H, K, K].

@@ -34,7 +34,7 @@ class MergingWindowAttention(PatchedAttention):
         if mask is not None:
             bias = bias + mask[:, None]  # [windows, H, T, T]
         query, key, scale = self.scaled(query, key)
-        out = attend(self, query, key, value, position_bias=bias, scale=scale, dropout=self.attn_drop.p)
+        out = attend(self, query, key, value, position_bias=bias, scale=scale)
         return self.proj_drop(self.proj(out.transpose(1, 2).flatten(2)))
 
     def project(self: Any, x: Tensor) -> Tensor:

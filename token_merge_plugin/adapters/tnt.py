@@ -15,15 +15,14 @@ from token_merge_plugin.adapters.base import GridAdapter, PatchedAttention, Patc
 
 
 class MergingTNTAttention(PatchedAttention):
-    """timm's `Attention` of TNT, between patches. It is not fused; on merged tokens it is."""
+    """timm's `Attention` of TNT, between patches."""
 
     parts = ("qk", "v", "attn_drop", "proj", "proj_drop")
-    fused_attn = True
 
     def merged_forward(self: Any, x: Tensor) -> Tensor:
         query, key = self.qk(x).unflatten(2, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
         value = self.v(x).unflatten(2, (self.num_heads, -1)).transpose(1, 2)
-        out = attend(self, query, key, value, dropout=self.attn_drop.p)
+        out = attend(self, query, key, value)
         return self.proj_drop(self.proj(out.transpose(1, 2).flatten(2)))
 
 

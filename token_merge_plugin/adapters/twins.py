@@ -14,15 +14,27 @@ from token_merge_plugin.adapters.base import (
     Patched,
     PatchedAttention,
     PatchedGridBlock,
-    PatchedSelfAttention,
+    attend,
+    attend_by_parts,
     known_mixin,
     register_adapter,
 )
-from token_merge_plugin.method.attention import attention
 
 
-class MergingLocalAttention(PatchedSelfAttention):
+class MergingLocalAttention(PatchedAttention):
     """timm's `LocallyGroupedAttn`, on windows that are cut already."""
+
+    parts = ("qkv", "attn_drop", "proj", "proj_drop")
+
+    def merged_forward(self: Any, x: Tensor, size: tuple[int, int]) -> Tensor:
+        number = (size[0] // self.ws) * (size[1] // self.ws)
+
+        def drop(weight: Tensor) -> Tensor:  # timm has [B, windows, H, T, T]
+            return self.attn_drop(weight.unflatten(0, (weight.shape[0] // number, number))).flatten(0, 1)
+
+        query, key, value = self.qkv(x).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        out = attend(self, query, key, value, drop=drop)
+        return self.proj_drop(self.proj(out.transpose(1, 2).flatten(2)))
 
 
 class MergingGlobalAttention(PatchedAttention):
@@ -30,13 +42,12 @@ class MergingGlobalAttention(PatchedAttention):
 
     parts = ("q", "kv", "attn_drop", "proj", "proj_drop", "sr", "norm")
 
-    def merged_forward(self: Any, x: Tensor, grid: Tensor, size: tuple[int, int]) -> Tensor:
+    def merged_forward(self: Any, x: Tensor, size: tuple[int, int], *, grid: Tensor) -> Tensor:
         if self.sr is not None:
             grid = self.norm(self.sr(grid.transpose(1, 2).unflatten(2, size)).flatten(2).transpose(1, 2))
         query = self.q(x).unflatten(2, (self.num_heads, -1)).transpose(1, 2)
         key, value = self.kv(grid).unflatten(2, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        dropout = self.attn_drop.p if self.training else 0.0
-        out = attention(query, key, value, scale=self.scale, dropout=dropout, fused=self.fused_attn)
+        out = attend_by_parts(self, query, key, value, scale=self.scale)
         return self.proj_drop(self.proj(out.transpose(1, 2).flatten(2)))
 
 
@@ -53,12 +64,12 @@ class MergingLocalBlock(PatchedGridBlock):
             x = x + self.drop_path1(self.attn(self.norm1(x), size))
             return self.update_fewer(x, size, lambda tokens: self.drop_path2(self.mlp(self.norm2(tokens))))
         batch = len(x)
-        x = self.update_windows(x.unflatten(1, size), (side, side), lambda tokens: self.update(tokens, batch))
+        x = self.update_windows(x.unflatten(1, size), (side, side), lambda tokens: self.update(tokens, batch, size))
         return x.flatten(1, 2)
 
-    def update(self: Any, x: Tensor, batch: int) -> Tensor:
-        """Return what attention and MLP add to the tokens of all windows, [W, K, C]."""
-        attended = self.per_image(self.drop_path1, self.attn(self.norm1(x)), batch)
+    def update(self: Any, x: Tensor, batch: int, size: tuple[int, int]) -> Tensor:
+        """Return what attention and MLP add to the tokens of all windows of a grid of that size, [W, K, C]."""
+        attended = self.per_image(self.drop_path1, self.attn(self.norm1(x), size), batch)
         return attended + self.per_image(self.drop_path2, self.mlp(self.norm2(x + attended)), batch)
 
 
@@ -72,7 +83,7 @@ class MergingGlobalBlock(PatchedGridBlock):
 
     def update(self: Any, x: Tensor, grid: Tensor, size: tuple[int, int]) -> Tensor:
         """Return what attention and MLP add to merged tokens of the grid, [B, K, C]."""
-        attended = self.drop_path1(self.attn(self.norm1(x), self.norm1(grid), size))
+        attended = self.drop_path1(self.attn(self.norm1(x), size, grid=self.norm1(grid)))
         return attended + self.drop_path2(self.mlp(self.norm2(x + attended)))
 
 

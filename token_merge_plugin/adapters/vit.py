@@ -29,7 +29,7 @@ class MergingAttention(PatchedAttention):
         qkv = self.qkv(x).reshape(batch, tokens, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
         query, key, value = qkv.unbind(0)
         query, key = self.q_norm(query), self.k_norm(key)
-        out = attend(self, query, key, value, *args, dropout=self.attn_drop.p, **kwargs)
+        out = attend(self, query, key, value, *args, **kwargs)
         out = self.norm(out.transpose(1, 2).flatten(2))
         if getattr(self, "gate", None) is not None:
             out = out * self.gate(x).sigmoid()
@@ -158,7 +158,7 @@ class MergingParallelScalingBlock(PatchedBlock):
         """Attend: [B, N, C] -> [B, N, C]."""
         query, key, value = (x.unflatten(2, (self.num_heads, -1)) for x in (query, key, value))
         query, key = self.q_norm(query).transpose(1, 2), self.k_norm(key).transpose(1, 2)
-        out = attend(self, query, key, value.transpose(1, 2), *args, dropout=self.attn_drop.p, **kwargs)
+        out = attend(self, query, key, value.transpose(1, 2), *args, **kwargs)
         return out.transpose(1, 2).flatten(2)
 
 

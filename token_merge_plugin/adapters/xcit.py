@@ -10,8 +10,13 @@ import timm.models.xcit as xcit
 import torch.nn.functional as F
 from torch import Tensor
 
-from token_merge_plugin.adapters.base import GridAdapter, PatchedAttention, PatchedGridBlock, register_adapter
-from token_merge_plugin.method.attention import attention
+from token_merge_plugin.adapters.base import (
+    GridAdapter,
+    PatchedAttention,
+    PatchedGridBlock,
+    attend_by_parts,
+    register_adapter,
+)
 
 
 class MergingXCA(PatchedAttention):
@@ -28,14 +33,8 @@ class MergingXCA(PatchedAttention):
             # often as the patches that it stands for.
             root = plan.current().merged.size.sqrt()[:, None, None, :].to(x.dtype)
             query, key = query * root, key * root
-        out = attention(
-            F.normalize(query, dim=-1) * self.temperature,
-            F.normalize(key, dim=-1),
-            value,
-            scale=1.0,
-            dropout=self.attn_drop.p if self.training else 0.0,
-            fused=self.fused_attn,
-        )
+        query, key = F.normalize(query, dim=-1) * self.temperature, F.normalize(key, dim=-1)
+        out = attend_by_parts(self, query, key, value, scale=1.0)
         return self.proj_drop(self.proj(out.permute(0, 3, 1, 2).flatten(2)))
 
 

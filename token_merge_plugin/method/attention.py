@@ -1,5 +1,7 @@
 """Attention over tokens that stand for several patches each: pure tensor functions."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -15,6 +17,8 @@ def attention(
     log_size: Tensor | None = None,
     dropout: float = 0.0,
     fused: bool = True,
+    softmax: Callable[[Tensor], Tensor] | None = None,
+    drop: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
     """Return scaled dot-product attention, proportional to the tokens' sizes where these are given.
 
@@ -26,8 +30,10 @@ def attention(
         scale: factor of the logits.
         bias: added to the logits, broadcastable to [B, H, T, T].
         log_size: [B, T], log of the number of patches that each token stands for.
-        dropout: probability of dropping an attention weight.
+        dropout: probability with which fused kernels drop an attention weight.
         fused: use torch's fused kernels; otherwise the attention matrix is built, as timm does on request.
+        softmax, drop: what turns the logits into the attention matrix, and drops of it, where that is built; None for
+            a plain softmax, and for nothing.
 
     Returns:
         [B, H, T, D] of the value.
@@ -45,7 +51,8 @@ def attention(
     logits = (query * scale) @ key.transpose(-2, -1)
     if bias is not None:
         logits = logits + bias
-    return F.dropout(logits.softmax(dim=-1), dropout) @ value
+    weight = logits.softmax(dim=-1) if softmax is None else softmax(logits)
+    return (weight if drop is None else drop(weight)) @ value
 
 
 def _size_as_channel(

@@ -13,7 +13,7 @@ def query_row_attention(
     scale: float,
     bias: Tensor | None = None,
     head_weight: Tensor | None = None,
-    head_mix: Tensor | None = None,
+    logits: Tensor | None = None,
 ) -> Tensor:
     """Return the attention that a few queries pay to every token, mean over queries and heads.
 
@@ -25,14 +25,14 @@ def query_row_attention(
         scale: factor of the logits.
         bias: added to the logits, broadcastable to [B, H, Q, T].
         head_weight: [H], how much each head counts; differential attention subtracts every second one. None for 1.
-        head_mix: [H, H], by which talking heads mix the logits; None for none.
+        logits: [B, H, Q, T], of these queries where they are known already, as those that talking heads mix; None for
+            the products of queries and keys.
 
     Returns:
         [B, T] in float32, its magnitude where heads subtract each other.
     """
-    logits = (query * scale) @ key.transpose(-2, -1)
-    if head_mix is not None:
-        logits = torch.einsum("ij,bjqt->biqt", head_mix, logits)
+    if logits is None:
+        logits = (query * scale) @ key.transpose(-2, -1)
     if bias is not None:
         logits = logits + bias
     attention = logits.softmax(dim=-1, dtype=torch.float32)

@@ -273,7 +273,8 @@ def _attention_received(stage: Stage) -> Tensor:
             bias = log_size[:, None, None, :]
         elif bias is not None and bias.shape[2] > 1:
             bias = take(bias.expand(batch, -1, -1, -1).transpose(1, 2), rows).transpose(1, 2)
-        scores.append(query_row_attention(queries, seen.key, seen.scale, bias, seen.head_weight, seen.head_mix))
+        logits = None if seen.logits is None else take(seen.logits.transpose(1, 2), rows).transpose(1, 2)
+        scores.append(query_row_attention(queries, seen.key, seen.scale, bias, seen.head_weight, logits))
     return torch.stack(scores).mean(dim=0)[:, prefix:]
 
 

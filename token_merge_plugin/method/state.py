@@ -34,7 +34,8 @@ class Evidence(NamedTuple):
         value: [B, H', P + K, D'].
         scale: factor of the logits.
         bias: [B, 1 or H, Q, P + K], the mask that was added to the logits, or None.
-        head_weight, head_mix: [H] and [H, H] or None; see `importance.query_row_attention`.
+        head_weight: [H] or None; see `importance.query_row_attention`.
+        logits: [B, H, P + K, P + K], where they are not the products of queries and keys, or None.
     """
 
     query: Tensor
@@ -43,7 +44,7 @@ class Evidence(NamedTuple):
     scale: float
     bias: Tensor | None = None
     head_weight: Tensor | None = None
-    head_mix: Tensor | None = None
+    logits: Tensor | None = None
 
 
 class Pass:
