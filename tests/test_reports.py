@@ -5,18 +5,20 @@ A report becomes a test here, whose docstring says what was done.
 
 import copy
 import io
+import sys
 import warnings
 
 import onnx
 import pytest
 import timm
 import torch
-from checks import set_fused_attention, shapes
-from families import images, make
+from checks import run_program, set_fused_attention, shapes
+from families import FAMILIES, images, make
 from timm.utils import AttentionExtract
 from torch import nn
 
 from token_merge_plugin import PatchStateError, UnsupportedModelError, apply
+from token_merge_plugin.adapters import find_adapter
 
 
 def as_if_patched_last(change, *, options):
@@ -94,6 +96,62 @@ def test_a_loop_over_the_blocks_restores_the_grid():
     for block in model.blocks:
         tokens = block(tokens)
     torch.testing.assert_close(model.norm(tokens), model.forward_features(x))
+
+
+def replaced(module, monkeypatch):
+    """Replace the forward of a module's class by one that does the same."""
+    original = type(module).forward
+    monkeypatch.setattr(type(module), "forward", lambda self, *args, **options: original(self, *args, **options))
+
+
+@pytest.mark.parametrize("kind", [next(iter(table)) for table in FAMILIES.values()])
+def test_a_forward_replaced_on_the_class_of_blocks_or_attention_layers_is_refused(kind, monkeypatch):
+    """Attention.forward is replaced, to use a kernel of one's own or to keep the attention maps."""
+    model = make(kind)
+    (adapter, part) = next((find_adapter(part), part) for part in model.modules() if find_adapter(part))
+    block = adapter.blocks(part)[-1]
+    for module in [block, *adapter.layers(block)]:
+        with monkeypatch.context() as patch:
+            replaced(module, patch)
+            with pytest.raises(UnsupportedModelError, match="forward was replaced on the class"):
+                apply(model, 0.6)
+    apply(model, 0.6)
+
+
+def test_a_forward_replaced_before_the_package_is_imported_is_refused():
+    """The same, at the top of a script whose last import is this package."""
+    program = """
+import functools, timm
+from timm.layers import Attention
+original = Attention.forward
+
+@functools.wraps(original)
+def forward(self, *args, **options):
+    return original(self, *args, **options)
+
+Attention.forward = forward
+from token_merge_plugin import UnsupportedModelError, apply
+try:
+    apply(timm.create_model("test_vit"), 0.6)
+except UnsupportedModelError as error:
+    print(error)
+"""
+    done = run_program(sys.executable, "-c", program)
+    assert "timm.layers.attention.Attention.forward was replaced on the class" in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize(("kind", "method"), [("Swin", "_attn"), ("MaxViT", "_partition_attn")])
+def test_a_method_that_a_merged_block_would_pass_over_is_refused_if_it_is_not_timms(kind, method):
+    """A block's method is replaced on an instance, and overridden in a subclass."""
+    model = make(kind)
+    block = next(module for module in model.modules() if hasattr(module, method))
+    setattr(block, method, getattr(block, method))
+    with pytest.raises(UnsupportedModelError, match=f"The {method} of a .* was replaced on the instance"):
+        apply(model, 0.6)
+    delattr(block, method)
+    block.__class__ = type("Own", (type(block),), {method: lambda self, x: x})
+    with pytest.raises(UnsupportedModelError, match="Own is no block"):
+        apply(model, 0.6)
 
 
 class LoRA(nn.Module):

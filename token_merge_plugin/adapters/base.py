@@ -6,8 +6,10 @@ compiles, exports and deep-copies like any other. (A wrapt proxy around a block 
 `patching`.)
 """
 
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial, wraps
+from types import FunctionType
 from typing import Any, ClassVar, NamedTuple, TypeAlias
 
 import torch
@@ -38,9 +40,11 @@ class Patched(nn.Module):
 
     Attributes:
         parts: names of the child modules that the mixin knows how to run.
+        replaces: names of the methods of the original class whose work the mixin does itself.
     """
 
     parts: ClassVar[tuple[str, ...]] = ()
+    replaces: ClassVar[tuple[str, ...]] = ("forward",)
     _token_merge: Place
     _token_merge_parts: ClassVar[tuple[type["Patched"], type[nn.Module]]]
 
@@ -412,6 +416,9 @@ def relative_bias(module: Any, query: Tensor, tokens: int, shared: Tensor | None
 
 Known: TypeAlias = Mapping[type[nn.Module], type[Patched]]
 
+# {(class, name of a method): the method, and what it runs} as they were when an adapter first named the class.
+_methods: dict[tuple[type[nn.Module], str], tuple[Any, Any]] = {}
+
 
 class Adapter:
     """How one family of models is patched. Subclass it, and register the subclass with `register_adapter`.
@@ -436,6 +443,12 @@ class Adapter:
     known_blocks: ClassVar[Known] = {}
     known_attention: ClassVar[Known] = {}
     model_mixin: ClassVar[type[Patched] | None] = PatchedModel
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        for known_class, mixin in (*cls.known_blocks.items(), *cls.known_attention.items()):
+            for name in mixin.replaces:
+                _methods.setdefault((known_class, name), _method(known_class, name))
 
     def serves(self, model: Any) -> bool:
         """Return whether this model of the registered class is one of the family."""
@@ -502,7 +515,7 @@ class GridAdapter(Adapter):
 
 
 def known_mixin(module: nn.Module, known: Known) -> type[Patched]:
-    """Return the mixin for a module whose forward is that of a known class.
+    """Return the mixin for a module whose forward, and what the mixin does of it, is that of a known class.
 
     Args:
         module: a block or attention layer.
@@ -513,13 +526,23 @@ def known_mixin(module: nn.Module, known: Known) -> type[Patched]:
     """
     cls = type(module)
     names = ", ".join(c.__name__ for c in known)
-    if "forward" in vars(module):
-        raise UnsupportedModelError(
-            f"The forward of a {cls.__name__} was replaced on the instance, by another library's hook or patch. "
-            "Undo that first, and apply token merging before it."
-        )
     for known_class, mixin in known.items():
-        if isinstance(module, known_class) and cls.forward is known_class.forward:
+        if not isinstance(module, known_class):
+            continue
+        for name in mixin.replaces:
+            if name in vars(module):
+                raise UnsupportedModelError(
+                    f"The {name} of a {cls.__name__} was replaced on the instance, by another library's hook or patch. "
+                    "Undo that first, and apply token merging before it."
+                )
+        if all(getattr(cls, name) is getattr(known_class, name) for name in mixin.replaces):
+            for name in mixin.replaces:
+                if _was_replaced(known_class, name):
+                    raise UnsupportedModelError(
+                        f"{known_class.__module__}.{known_class.__name__}.{name} was replaced on the class, and token "
+                        "merging would pass over what is there now. Put the original back first, or serve a subclass "
+                        "that has the new one with an adapter of your own: register_adapter."
+                    )
             unknown = {name for name, _ in module.named_children()} - set(mixin.parts)
             if unknown:
                 raise UnsupportedModelError(
@@ -531,3 +554,25 @@ def known_mixin(module: nn.Module, known: Known) -> type[Patched]:
         f"{cls.__module__}.{cls.__name__} is no block or attention layer that is known here, or has a forward of its "
         f"own. Known: {names}. Serve it with an adapter of your own: register_adapter."
     )
+
+
+def _method(cls: type[nn.Module], name: str) -> tuple[Any, Any]:
+    """Return a method of a class, and the code that it runs now."""
+    method = getattr(cls, name)
+    return method, getattr(method, "__code__", None)
+
+
+def _was_replaced(cls: type[nn.Module], name: str) -> bool:
+    """Return whether a method of a known class is another one than its author wrote.
+
+    One that was replaced before the adapter was imported is told by where it was defined: timm's are plain functions
+    in the body of their class.
+    """
+    method, code = _method(cls, name)
+    if _methods.get((cls, name), (method, code)) != (method, code):
+        return True
+    owner = next(base for base in cls.__mro__ if name in vars(base))
+    if owner.__module__.partition(".")[0] != "timm":
+        return False
+    written = type(method) is FunctionType and method.__globals__ is vars(sys.modules[owner.__module__])
+    return not written or method.__qualname__ != f"{owner.__qualname__}.{name}"

@@ -33,6 +33,7 @@ class MergingGPSA(PatchedAttention):
     """
 
     parts = ("qk", "v", "attn_drop", "proj", "pos_proj", "proj_drop")
+    replaces = ("forward", "get_attention")
 
     def merged_forward(self: Any, x: Tensor) -> Tensor:
         plan, block = self._token_merge

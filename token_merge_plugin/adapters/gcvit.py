@@ -43,6 +43,7 @@ class MergingGlobalContextBlock(PatchedGridBlock):
     """timm's `GlobalContextVitBlock`."""
 
     parts = ("norm1", "attn", "ls1", "drop_path1", "norm2", "mlp", "ls2", "drop_path2")
+    replaces = ("forward", "_window_attn")
 
     def forward(self: Any, x: Tensor, q_global: Tensor | None = None) -> Tensor:
         batch = len(x)

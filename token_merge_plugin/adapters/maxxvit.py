@@ -79,6 +79,8 @@ class MergingBlock(PatchedGridBlock):
 class MergingPartitionBlock(MergingBlock):
     """timm's `PartitionAttentionCl`."""
 
+    replaces = ("forward", "_partition_attn")
+
     def forward(self: Any, x: Tensor) -> Tensor:
         batch, height, width, _ = x.shape
         size = self.partition_size
@@ -110,6 +112,7 @@ class MergingParallelBlock(MergingBlock):
     """
 
     parts = ("attn_block", "attn_grid", *MergingBlock.parts)
+    replaces = ("forward", "_partition_attn")
 
     def forward(self: Any, x: Tensor) -> Tensor:
         batch, height, width, _ = x.shape

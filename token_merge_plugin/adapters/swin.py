@@ -85,6 +85,7 @@ class MergingSwinBlock(PatchedGridBlock):
     """timm's `SwinTransformerBlock`."""
 
     parts: ClassVar[tuple[str, ...]] = ("norm1", "attn", "drop_path1", "norm2", "mlp", "drop_path2")
+    replaces: ClassVar[tuple[str, ...]] = ("forward", "_attn")
 
     def forward(self: Any, x: Tensor) -> Tensor:
         batch, height, width, _ = x.shape
@@ -122,6 +123,7 @@ class MergingCrBlock(MergingPostNormSwinBlock):
     """timm's `SwinTransformerV2CrBlock`, some of which normalise the residual stream itself."""
 
     parts = (*MergingSwinBlock.parts, "norm3")
+    replaces = ("forward", "_shifted_window_attn")
 
     def forward(self: Any, x: Tensor) -> Tensor:
         return self.norm3(super().forward(x))
