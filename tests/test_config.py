@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from token_merge_plugin import ConfigError, MergeConfig, TokenMergeError
-from token_merge_plugin.config import default_stages, tokens_kept
+from token_merge_plugin.config import default_stages, ratio, tokens_kept
 
 
 def test_default_stages_are_at_a_quarter_a_half_and_three_quarters_of_the_depth():
@@ -19,6 +19,18 @@ def test_default_stages_are_at_a_quarter_a_half_and_three_quarters_of_the_depth(
 def test_the_number_of_tokens_kept_is_the_exact_ceiling(tokens, thousandths):
     assert tokens_kept(tokens, thousandths / 1000) == math.ceil(thousandths * tokens / 1000 - 1e-12)
     assert 1 <= tokens_kept(tokens, thousandths / 1000) <= tokens
+
+
+@pytest.mark.parametrize(
+    ("rate", "fraction"), [(0.6, (3, 5)), (0.55, (11, 20)), (1 / 3, (1, 3)), (1.0, (1, 1)), (1e-12, (1, 10**9))]
+)
+def test_a_rate_is_the_fraction_that_it_was_meant_to_be(rate, fraction):
+    assert ratio(rate) == fraction
+
+
+@given(st.integers(1, 10_000), st.integers(1, 10**8))
+def test_a_keep_rate_of_many_digits_keeps_the_exact_ceiling(tokens, rate):
+    assert tokens_kept(tokens, rate / 10**8) == -(-rate * tokens // 10**8)
 
 
 def test_a_float_keep_rate_counts_for_every_stage():

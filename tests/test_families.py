@@ -15,6 +15,9 @@ from token_merge_plugin import adapters, apply, remove
 from token_merge_plugin.adapters import find_adapter
 from token_merge_plugin.trial.counting import count_macs
 
+# The families whose blocks each give the whole grid back.
+GRIDS = ("swin", "maxxvit", "davit", "gcvit", "nest", "sam", "tnt", "twins", "xcit")
+
 every_kind = pytest.mark.parametrize("kind", KINDS)
 
 
@@ -214,10 +217,33 @@ def test_other_precisions(kind):
 
 @every_kind
 @torch.no_grad()
-def test_exports(kind):
-    model, x = apply(make(kind), 0.6), images(kind)
-    exported = torch.export.export(model, (x,)).module()
-    torch.testing.assert_close(exported(x), model(x), rtol=1e-4, atol=1e-5)
+def test_exports_with_a_batch_of_any_size(kind):
+    model, x = apply(make(kind), 0.6), images(kind, batch=3)
+    sizes = ({0: torch.export.Dim("batch", min=1, max=64)},)
+    exported = torch.export.export(model, (x[:2],), dynamic_shapes=sizes).module()
+    for some in (x[:2], x):
+        torch.testing.assert_close(exported(some), model(some), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["ViT", "CaiT", "VOLO", *(next(iter(FAMILIES[family])) for family in GRIDS)])
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore")  # of what tracing makes a constant
+def test_a_trace_takes_a_batch_of_any_size(kind):
+    model, x = apply(make(kind), 0.6), images(kind, batch=3)
+    traced = torch.jit.trace(model, x[:2], check_trace=False)
+    for some in (x[:1], x):
+        torch.testing.assert_close(traced(some), model(some), rtol=1e-4, atol=1e-5)
+
+
+@every_kind
+@torch.no_grad()
+def test_an_empty_batch_gives_an_empty_output(kind):
+    model, x = make(kind), images(kind)[:0]
+    try:
+        expected = model(x).shape
+    except (RuntimeError, ZeroDivisionError):
+        pytest.skip(f"timm's {type(model).__name__} takes no empty batch")
+    assert apply(model, 0.6)(x).shape == expected
 
 
 @every_kind

@@ -225,6 +225,17 @@ def test_two_processes_give_the_gradients_of_one(check, tmp_path):
     distributed(check, tmp_path)
 
 
+@torch.no_grad()
+def test_dynamic_image_sizes_export():
+    model = patched("ViT, any image size")
+    side = torch.export.Dim("side", min=2, max=32)
+    sizes = {"x": {2: 4 * side, 3: 4 * side}}
+    exported = torch.export.export(model, (torch.randn(2, 3, 32, 32),), dynamic_shapes=sizes).module()
+    for size in (32, 48, 20):
+        x = torch.randn(2, 3, size, size)
+        torch.testing.assert_close(exported(x), model(x), rtol=1e-4, atol=1e-5)
+
+
 def test_dynamic_image_sizes_compile():
     torch._dynamo.reset()
     model = patched("ViT, any image size")

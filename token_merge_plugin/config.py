@@ -1,7 +1,6 @@
 """What the user may ask for: `MergeConfig`, its validation, and the way from keep rates to token counts."""
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from numbers import Integral, Real
@@ -252,8 +251,27 @@ def tokens_kept(tokens: int, amount: Amount) -> int:
     """Return how many of the tokens stay: ceil(amount * tokens), at least 1; or all but `amount`, at least half."""
     if isinstance(amount, int):
         return tokens - min(amount, tokens // 2)
-    # The subtrahend undoes float noise: 0.55 * 100 is a little more than 55.
-    return max(1, math.ceil(amount * tokens - 1e-9))
+    # In integers, so that the number of tokens may be a symbol, and 0.55 * 100 is not a little more than 55.
+    share, whole = ratio(amount)
+    return -(-share * tokens // whole)
+
+
+def ratio(rate: float) -> tuple[int, int]:
+    """Return the fraction that a positive rate was meant to be, such as (3, 5) for 0.6.
+
+    It is the last convergent of its continued fraction whose denominator does not exceed 10^9: closer to the rate than
+    floats are to each other, or the rate itself.
+    """
+    numerator, denominator = rate.as_integer_ratio()
+    before, last = (0, 1), (1, 0)
+    while denominator:
+        whole = numerator // denominator
+        following = (whole * last[0] + before[0], whole * last[1] + before[1])
+        if following[1] > 10**9:
+            break
+        before, last = last, following
+        numerator, denominator = denominator, numerator - whole * denominator
+    return last if last[0] else (1, 10**9)
 
 
 def _checked_keep_rate(keep_rate: object) -> float | tuple[float, ...] | dict[int, float]:

@@ -269,11 +269,11 @@ class PatchedGridBlock(Patched):
         if real is None:
             return x
         merged = self._token_merge.plan.current().merged
-        return x * take(real.repeat(len(x) // len(real), 1, 1), merged.representative)
+        return x * take(real.repeat(x.shape[0] // real.shape[0], 1, 1), merged.representative)
 
-    def per_image(self, drop_path: nn.Module, x: Tensor, batch: int) -> Tensor:
-        """Drop the path of whole images, not of their windows."""
-        return drop_path(x.unflatten(0, (batch, -1))).flatten(0, 1)
+    def per_image(self, drop_path: nn.Module, x: Tensor, number: int) -> Tensor:
+        """Drop the path of whole images, not of their windows, of which each image has that number."""
+        return drop_path(x.unflatten(0, (-1, number))).flatten(0, 1)
 
 
 class PatchedAttention(Patched):
@@ -535,7 +535,7 @@ def known_mixin(module: nn.Module, known: Known) -> type[Patched]:
                     f"The {name} of a {cls.__name__} was replaced on the instance, by another library's hook or patch. "
                     "Undo that first, and apply token merging before it."
                 )
-        if all(getattr(cls, name) is getattr(known_class, name) for name in mixin.replaces):
+        if all(getattr(cls, name, None) is getattr(known_class, name, None) for name in mixin.replaces):
             for name in mixin.replaces:
                 if _was_replaced(known_class, name):
                     raise UnsupportedModelError(
@@ -558,7 +558,7 @@ def known_mixin(module: nn.Module, known: Known) -> type[Patched]:
 
 def _method(cls: type[nn.Module], name: str) -> tuple[Any, Any]:
     """Return a method of a class, and the code that it runs now."""
-    method = getattr(cls, name)
+    method = getattr(cls, name, None)
     return method, getattr(method, "__code__", None)
 
 
@@ -571,7 +571,7 @@ def _was_replaced(cls: type[nn.Module], name: str) -> bool:
     method, code = _method(cls, name)
     if _methods.get((cls, name), (method, code)) != (method, code):
         return True
-    owner = next(base for base in cls.__mro__ if name in vars(base))
+    owner = next((base for base in cls.__mro__ if name in vars(base)), cls)
     if owner.__module__.partition(".")[0] != "timm":
         return False
     written = type(method) is FunctionType and method.__globals__ is vars(sys.modules[owner.__module__])

@@ -10,7 +10,7 @@ import timm.models.davit as davit
 from torch import Tensor, nn
 
 from token_merge_plugin.adapters.base import GridAdapter, PatchedAttention, PatchedGridBlock, attend, register_adapter
-from token_merge_plugin.method.merging import pad_to_windows
+from token_merge_plugin.method.merging import count_windows, pad_to_windows
 
 
 class MergingDavitWindowAttention(PatchedAttention):
@@ -77,14 +77,15 @@ class MergingSpatialBlock(MergingChannelBlock):
     """timm's `SpatialBlock`."""
 
     def attention(self: Any, x: Tensor) -> Tensor:
-        batch, height, width, _ = x.shape
+        height, width = x.shape[1:3]
         x, real = pad_to_windows(x, *self.window_size)
-        x = self.update_windows(x, self.window_size, lambda tokens: self.attend(tokens, batch, real), real)
+        number = count_windows(x, *self.window_size)
+        x = self.update_windows(x, self.window_size, lambda tokens: self.attend(tokens, number, real), real)
         return x[:, :height, :width]
 
-    def attend(self: Any, x: Tensor, batch: int, real: Tensor | None) -> Tensor:
-        """Return what attention adds to the tokens of all windows, [W, K, C]."""
-        return self.per_image(self.drop_path1, self.attn(self.zero_padding(self.norm1(x), real)), batch)
+    def attend(self: Any, x: Tensor, number: int, real: Tensor | None) -> Tensor:
+        """Return what attention adds to the tokens of all windows, [W, K, C], of which each image has that number."""
+        return self.per_image(self.drop_path1, self.attn(self.zero_padding(self.norm1(x), real)), number)
 
 
 @register_adapter(davit.DaVit)

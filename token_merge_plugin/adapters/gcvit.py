@@ -16,7 +16,7 @@ from token_merge_plugin.adapters.base import (
     register_adapter,
     relative_bias,
 )
-from token_merge_plugin.method.merging import take
+from token_merge_plugin.method.merging import count_windows, take
 
 
 class MergingGlobalAttention(PatchedAttention):
@@ -29,7 +29,7 @@ class MergingGlobalAttention(PatchedAttention):
         projected = self.qkv(x).unflatten(2, (-1, self.num_heads, self.head_dim)).permute(2, 0, 3, 1, 4)
         key, value = projected[-2], projected[-1]
         if self.use_global and q_global is not None:
-            query = q_global.flatten(1, 2).repeat_interleave(len(x) // len(q_global), dim=0)  # [W, T, C]
+            query = q_global.flatten(1, 2).repeat_interleave(x.shape[0] // q_global.shape[0], dim=0)  # [W, T, C]
             query = take(query, self._token_merge.plan.current().merged.representative)
             query = query.unflatten(2, (self.num_heads, self.head_dim)).transpose(1, 2)
         else:
@@ -46,13 +46,13 @@ class MergingGlobalContextBlock(PatchedGridBlock):
     replaces = ("forward", "_window_attn")
 
     def forward(self: Any, x: Tensor, q_global: Tensor | None = None) -> Tensor:
-        batch = len(x)
-        return self.update_windows(x, self.window_size, lambda tokens: self.update(tokens, batch, q_global))
+        number = count_windows(x, *self.window_size)
+        return self.update_windows(x, self.window_size, lambda tokens: self.update(tokens, number, q_global))
 
-    def update(self: Any, x: Tensor, batch: int, q_global: Tensor | None) -> Tensor:
-        """Return what attention and MLP add to the tokens of all windows, [W, K, C]."""
-        attended = self.per_image(self.drop_path1, self.ls1(self.attn(self.norm1(x), q_global)), batch)
-        return attended + self.per_image(self.drop_path2, self.ls2(self.mlp(self.norm2(x + attended))), batch)
+    def update(self: Any, x: Tensor, number: int, q_global: Tensor | None) -> Tensor:
+        """Return what attention and MLP add to the tokens of all windows, [W, K, C], of which each image has number."""
+        attended = self.per_image(self.drop_path1, self.ls1(self.attn(self.norm1(x), q_global)), number)
+        return attended + self.per_image(self.drop_path2, self.ls2(self.mlp(self.norm2(x + attended))), number)
 
 
 @register_adapter(gcvit.GlobalContextVit)

@@ -19,6 +19,7 @@ from token_merge_plugin.adapters.base import (
     register_adapter,
     relative_bias,
 )
+from token_merge_plugin.method.merging import count_windows
 
 
 class MergingPartitionAttention(PatchedAttention):
@@ -54,16 +55,16 @@ class MergingBlock(PatchedGridBlock):
 
     parts: ClassVar[tuple[str, ...]] = ("norm1", "attn", "ls1", "drop_path1", "norm2", "mlp", "ls2", "drop_path2")
 
-    def update(self: Any, x: Tensor, attended: Tensor, batch: int) -> Tensor:
+    def update(self: Any, x: Tensor, attended: Tensor, number: int = 1) -> Tensor:
         """Return what attention and MLP add to the tokens of all windows.
 
         Args:
             x: [W, K, C], or [W, C, 1, K] where the block's layers are those of images.
             attended: the output of attention, of the same shape.
-            batch: number of images.
+            number: of windows of each image.
         """
-        attended = self.per_image(self.drop_path1, self.ls1(attended), batch)
-        return attended + self.per_image(self.drop_path2, self.ls2(self.mlp(self.norm2(x + attended))), batch)
+        attended = self.per_image(self.drop_path1, self.ls1(attended), number)
+        return attended + self.per_image(self.drop_path2, self.ls2(self.mlp(self.norm2(x + attended))), number)
 
     def merged_alike(self: Any, x: Tensor) -> Tensor:
         """Merge what belongs to the tokens as they were merged: [W, T, D] -> [W, K, D].
@@ -82,16 +83,17 @@ class MergingPartitionBlock(MergingBlock):
     replaces = ("forward", "_partition_attn")
 
     def forward(self: Any, x: Tensor) -> Tensor:
-        batch, height, width, _ = x.shape
+        height, width = x.shape[1:3]
         size = self.partition_size
+        number = count_windows(x, *size)
         partition = maxxvit.window_partition if self.partition_block else maxxvit.grid_partition
         reverse = maxxvit.window_reverse if self.partition_block else maxxvit.grid_reverse
-        tokens = self.update_fewer(partition(x, size).flatten(1, 2), size, lambda x: self.token_update(x, batch))
+        tokens = self.update_fewer(partition(x, size).flatten(1, 2), size, lambda x: self.token_update(x, number))
         return reverse(tokens, size, (height, width))
 
-    def token_update(self: Any, x: Tensor, batch: int) -> Tensor:
-        """Return what the block adds to the tokens of all windows, [W, K, C]."""
-        return self.update(x, self.attn(self.norm1(x)), batch)
+    def token_update(self: Any, x: Tensor, number: int) -> Tensor:
+        """Return what the block adds to the tokens of all windows, [W, K, C], of which each image has that number."""
+        return self.update(x, self.attn(self.norm1(x)), number)
 
 
 class MergingPartitionBlock2d(MergingPartitionBlock):
@@ -100,8 +102,8 @@ class MergingPartitionBlock2d(MergingPartitionBlock):
     def forward(self: Any, x: Tensor) -> Tensor:
         return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
-    def token_update(self: Any, x: Tensor, batch: int) -> Tensor:
-        return _tokens(super().token_update(_image(x), batch))
+    def token_update(self: Any, x: Tensor, number: int) -> Tensor:
+        return _tokens(super().token_update(_image(x), number))
 
 
 class MergingParallelBlock(MergingBlock):
@@ -115,15 +117,16 @@ class MergingParallelBlock(MergingBlock):
     replaces = ("forward", "_partition_attn")
 
     def forward(self: Any, x: Tensor) -> Tensor:
-        batch, height, width, _ = x.shape
+        height, width = x.shape[1:3]
         size = self.partition_size
+        number = count_windows(x, *size)
         in_groups = self.attn_grid(maxxvit.grid_partition(self.norm1(x), size))
         in_groups = maxxvit.grid_reverse(in_groups, size, (height, width))
         in_groups = maxxvit.window_partition(in_groups, size).flatten(1, 2)  # [W, T, C / 2]
 
         def update(x: Tensor) -> Tensor:
             attended = torch.cat((self.attn_block(self.norm1(x)), self.merged_alike(in_groups)), dim=2)
-            return self.update(x, attended, batch)
+            return self.update(x, attended, number)
 
         return self.update_windows(x, size, update)
 
@@ -137,7 +140,6 @@ class MergingTransformerBlock2d(MergingBlock):
     parts = ("shortcut", *MergingBlock.parts)
 
     def forward(self: Any, x: Tensor, shared_rel_pos: Tensor | None = None) -> Tensor:
-        batch = len(x)
         normed = None
         if isinstance(self.shortcut, maxxvit.Downsample2d):
             normed = self.norm1(x).flatten(2).transpose(1, 2)
@@ -146,7 +148,7 @@ class MergingTransformerBlock2d(MergingBlock):
         def update(tokens: Tensor) -> Tensor:
             x = _image(tokens)
             attends = self.norm1(x) if normed is None else _image(self.merged_alike(normed))
-            return _tokens(self.update(x, self.attn(attends, shared_rel_pos=shared_rel_pos), batch))
+            return _tokens(self.update(x, self.attn(attends, shared_rel_pos=shared_rel_pos)))
 
         grid_size = (x.shape[2], x.shape[3])
         tokens = self.update_fewer(x.flatten(2).transpose(1, 2), grid_size, update)

@@ -18,7 +18,7 @@ from token_merge_plugin.adapters.base import (
     attend_by_parts,
     register_adapter,
 )
-from token_merge_plugin.method.merging import pad_to_windows
+from token_merge_plugin.method.merging import count_windows, pad_to_windows
 
 
 class MergingSamAttention(PatchedAttention):
@@ -86,27 +86,28 @@ class MergingSamBlock(PatchedGridBlock):
     parts = ("norm1", "attn", "ls1", "drop_path1", "norm2", "mlp", "ls2", "drop_path2")
 
     def forward(self: Any, x: Tensor) -> Tensor:
-        batch, height, width, _ = x.shape
+        height, width = x.shape[1:3]
         grid_size, side = (height, width), self.window_size
         window_size = (side, side) if side else grid_size
         x, real = pad_to_windows(x, *window_size)
         if real is None:
-            return self.update_windows(x, window_size, lambda tokens: self.update(tokens, batch))
+            number = count_windows(x, *window_size)
+            return self.update_windows(x, window_size, lambda tokens: self.update(tokens, number))
         x = self.update_windows(x, window_size, lambda tokens: self.attend(tokens, real), real)[:, :height, :width]
-        return self.update_windows(x, grid_size, lambda tokens: self.feed(tokens, batch))
+        return self.update_windows(x, grid_size, lambda tokens: self.feed(tokens, 1))
 
-    def update(self: Any, x: Tensor, batch: int) -> Tensor:
-        """Return what attention and MLP add to the tokens of all windows, [W, K, C]."""
+    def update(self: Any, x: Tensor, number: int) -> Tensor:
+        """Return what attention and MLP add to the tokens of all windows, [W, K, C], of which each image has number."""
         attended = self.attend(x)
-        return attended + self.feed(x + attended, batch)
+        return attended + self.feed(x + attended, number)
 
     def attend(self: Any, x: Tensor, real: Tensor | None = None) -> Tensor:
         """Return what attention adds, to zeros where there is padding."""
         return self.drop_path1(self.ls1(self.attn(self.zero_padding(self.norm1(x), real))))
 
-    def feed(self: Any, x: Tensor, batch: int) -> Tensor:
+    def feed(self: Any, x: Tensor, number: int) -> Tensor:
         """Return what the MLP adds. Unlike attention's, its path is dropped for whole images, not for windows."""
-        return self.per_image(self.drop_path2, self.ls2(self.mlp(self.norm2(x))), batch)
+        return self.per_image(self.drop_path2, self.ls2(self.mlp(self.norm2(x))), number)
 
 
 @register_adapter(sam.VisionTransformerSAM)

@@ -20,7 +20,7 @@ from token_merge_plugin.adapters.base import (
     project_qkv,
     register_adapter,
 )
-from token_merge_plugin.method.merging import pad_to_windows
+from token_merge_plugin.method.merging import count_windows, pad_to_windows
 
 
 class MergingWindowAttention(PatchedAttention):
@@ -88,23 +88,24 @@ class MergingSwinBlock(PatchedGridBlock):
     replaces: ClassVar[tuple[str, ...]] = ("forward", "_attn")
 
     def forward(self: Any, x: Tensor) -> Tensor:
-        batch, height, width, _ = x.shape
+        height, width = x.shape[1:3]
         down, right = self.shift_size
         if down or right:
             x = x.roll((-down, -right), (1, 2))
         x, real = pad_to_windows(x, *self.window_size)
         mask = self.get_attn_mask(x) if getattr(self, "dynamic_mask", False) else self.attn_mask
         unseen = None if mask is None else mask < 0  # tokens that do not see each other are not merged
+        number = count_windows(x, *self.window_size)
         x = self.update_windows(
-            x, self.window_size, lambda tokens: self.update(tokens, batch, mask, real), real, unseen
+            x, self.window_size, lambda tokens: self.update(tokens, number, mask, real), real, unseen
         )
         x = x[:, :height, :width]
         return x.roll((down, right), (1, 2)) if down or right else x
 
-    def update(self: Any, x: Tensor, batch: int, mask: Tensor | None, real: Tensor | None) -> Tensor:
-        """Return what attention and MLP add to the tokens of all windows, [W, K, C]."""
-        attended = self.per_image(self.drop_path1, self.attend(self.norm1(x), mask, real), batch)
-        return attended + self.per_image(self.drop_path2, self.mlp(self.norm2(x + attended)), batch)
+    def update(self: Any, x: Tensor, number: int, mask: Tensor | None, real: Tensor | None) -> Tensor:
+        """Return what attention and MLP add to the tokens of all windows, [W, K, C], of which each image has number."""
+        attended = self.per_image(self.drop_path1, self.attend(self.norm1(x), mask, real), number)
+        return attended + self.per_image(self.drop_path2, self.mlp(self.norm2(x + attended)), number)
 
     def attend(self: Any, x: Tensor, mask: Tensor | None, real: Tensor | None) -> Tensor:
         """Attend window by window, to zeros where there is padding."""
@@ -114,9 +115,9 @@ class MergingSwinBlock(PatchedGridBlock):
 class MergingPostNormSwinBlock(MergingSwinBlock):
     """timm's `SwinTransformerV2Block`."""
 
-    def update(self: Any, x: Tensor, batch: int, mask: Tensor | None, real: Tensor | None) -> Tensor:
-        attended = self.per_image(self.drop_path1, self.norm1(self.attend(x, mask, real)), batch)
-        return attended + self.per_image(self.drop_path2, self.norm2(self.mlp(x + attended)), batch)
+    def update(self: Any, x: Tensor, number: int, mask: Tensor | None, real: Tensor | None) -> Tensor:
+        attended = self.per_image(self.drop_path1, self.norm1(self.attend(x, mask, real)), number)
+        return attended + self.per_image(self.drop_path2, self.norm2(self.mlp(x + attended)), number)
 
 
 class MergingCrBlock(MergingPostNormSwinBlock):

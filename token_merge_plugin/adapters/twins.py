@@ -30,7 +30,7 @@ class MergingLocalAttention(PatchedAttention):
         number = (size[0] // self.ws) * (size[1] // self.ws)
 
         def drop(weight: Tensor) -> Tensor:  # timm has [B, windows, H, T, T]
-            return self.attn_drop(weight.unflatten(0, (weight.shape[0] // number, number))).flatten(0, 1)
+            return self.attn_drop(weight.unflatten(0, (-1, number))).flatten(0, 1)
 
         query, key, value = self.qkv(x).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
         out = attend(self, query, key, value, drop=drop)
@@ -63,14 +63,14 @@ class MergingLocalBlock(PatchedGridBlock):
             # windows.
             x = x + self.drop_path1(self.attn(self.norm1(x), size))
             return self.update_fewer(x, size, lambda tokens: self.drop_path2(self.mlp(self.norm2(tokens))))
-        batch = len(x)
-        x = self.update_windows(x.unflatten(1, size), (side, side), lambda tokens: self.update(tokens, batch, size))
-        return x.flatten(1, 2)
+        x = x.unflatten(1, size)
+        return self.update_windows(x, (side, side), lambda tokens: self.update(tokens, size)).flatten(1, 2)
 
-    def update(self: Any, x: Tensor, batch: int, size: tuple[int, int]) -> Tensor:
-        """Return what attention and MLP add to the tokens of all windows of a grid of that size, [W, K, C]."""
-        attended = self.per_image(self.drop_path1, self.attn(self.norm1(x), size), batch)
-        return attended + self.per_image(self.drop_path2, self.mlp(self.norm2(x + attended)), batch)
+    def update(self: Any, x: Tensor, size: tuple[int, int]) -> Tensor:
+        """Return what attention and MLP add to the tokens of all windows of grids of that size, [W, K, C]."""
+        number = (size[0] // self.attn.ws) * (size[1] // self.attn.ws)
+        attended = self.per_image(self.drop_path1, self.attn(self.norm1(x), size), number)
+        return attended + self.per_image(self.drop_path2, self.mlp(self.norm2(x + attended)), number)
 
 
 class MergingGlobalBlock(PatchedGridBlock):

@@ -214,6 +214,11 @@ def join_windows(x: Tensor, height: int, width: int, grid_size: tuple[int, int])
     return grid.transpose(2, 3).flatten(3, 4).flatten(1, 2)
 
 
+def count_windows(grid: Tensor, height: int, width: int) -> int:
+    """Return how many windows of that size `windows` cuts of each grid [B, H, W, C]."""
+    return (grid.shape[1] // height) * (grid.shape[2] // width)
+
+
 def pad_to_windows(grid: Tensor, height: int, width: int) -> tuple[Tensor, Tensor | None]:
     """Pad grids [B, H, W, C] below and on the right, so that windows of that size fill them.
 
@@ -332,7 +337,8 @@ def follow(token_map: Tensor, assignment: Assignment) -> Tensor:
     position = torch.arange(keep, device=target.device).expand_as(crucial)
     moved = torch.cat((position, target), dim=1)
     new_index = torch.empty_like(moved).scatter(1, torch.cat((crucial, rest), dim=1), moved)  # [B, T]
-    return F.pad(new_index, (0, 1), value=keep).gather(1, token_map)
+    gone = new_index.new_full((new_index.shape[0], 1), keep)  # not by F.pad, whose value cannot be a symbol
+    return torch.cat((new_index, gone), dim=1).gather(1, token_map)
 
 
 def restore(tokens: Tensor, token_map: Tensor, dropped: bool = False) -> Tensor:

@@ -58,8 +58,8 @@ def position_bias_of_tokens(bias: Tensor, prefix: int, merged: Merged) -> Tensor
     index = _with_prefix(merged.representative, prefix)
     tokens = bias.shape[-1]
     pair = index[:, :, None] * tokens + index[:, None, :]  # [B, P + K, P + K]
-    if len(bias) > 1:
-        window = torch.arange(len(index), device=index.device) % len(bias)
+    if bias.shape[0] > 1:
+        window = torch.arange(index.shape[0], device=index.device) % bias.shape[0]
         pair = pair + window[:, None, None] * tokens**2
     # One lookup in rows of heads, which lie together.
     return bias.permute(0, 2, 3, 1).flatten(0, 2)[pair].permute(0, 3, 1, 2)

@@ -199,7 +199,7 @@ def merge_within(
     Returns:
         [W, K, C], and where the tokens went.
     """
-    count, _, channels = tokens.shape
+    channels = tokens.shape[2]
     index = cells(*grid_size, device=tokens.device)  # [n, t]
     number, inside = index.shape
     tokens = windows(tokens.unflatten(1, grid_size), *map(cell_side, grid_size))  # [W * n, t, C]
@@ -207,19 +207,19 @@ def merge_within(
         similarity = cosine_similarity(tokens)
         if apart is not None:
             pairs = apart[:, index[:, :, None], index[:, None, :]].flatten(0, 1)  # [w * n, t, t]
-            similarity = similarity.unflatten(0, (-1, len(pairs))).masked_fill(pairs, -1).flatten(0, 1)
-        importance = similarity.new_ones(len(tokens), inside)
+            similarity = similarity.unflatten(0, (-1, pairs.shape[0])).masked_fill(pairs, -1).flatten(0, 1)
+        importance = similarity.new_ones(tokens.shape[0], inside)
         assignment = assign(similarity, importance, keep_rate)
-    size = torch.ones(len(tokens), inside, device=tokens.device)
+    size = torch.ones(tokens.shape[0], inside, device=tokens.device)
     merged_tokens, size = merge(tokens, size, assignment)
     keep = size.shape[1]
     cell = torch.arange(number, device=tokens.device)[:, None]
-    token_map = follow(torch.arange(inside, device=tokens.device).expand(len(tokens), -1), assignment)
+    token_map = follow(torch.arange(inside, device=tokens.device).expand(tokens.shape[0], -1), assignment)
     token_map = (token_map.unflatten(0, (-1, number)) + cell * keep).flatten(1)[:, index.flatten().argsort()]
     representative = index[cell, assignment.crucial.unflatten(0, (-1, number))].flatten(1)
     return (
-        merged_tokens.reshape(count, number * keep, channels),
-        Merged(size.reshape(count, number * keep), token_map, representative),
+        merged_tokens.reshape(-1, number * keep, channels),
+        Merged(size.reshape(-1, number * keep), token_map, representative),
     )
 
 
