@@ -2,6 +2,7 @@
 
 import gc
 import pickle
+import sys
 import threading
 import warnings
 import weakref
@@ -23,6 +24,7 @@ from token_merge_plugin import (
     PatchStateError,
     UnsupportedModelError,
     apply,
+    patching,
     register_adapter,
     remove,
     supported_models,
@@ -104,6 +106,84 @@ def test_a_model_without_blocks_is_refused():
     model = make()
     model.blocks = nn.Sequential()
     refused(model, UnsupportedModelError, "no blocks")
+
+
+class Strict(Block):
+    """A block that takes attributes only while it is made, or none of one name."""
+
+    closed = None
+
+    def __setattr__(self, name, value):
+        if self.closed == name:
+            raise TypeError(f"{name} is not to be set")
+        super().__setattr__(name, value)
+
+
+def contents(model):
+    """Everything that `apply` might change, in its order."""
+    return [(type(module), list(vars(module).items()), list(module._modules.items())) for module in model.modules()]
+
+
+@pytest.mark.parametrize("name", ["_token_merge", "__class__"])
+@pytest.mark.parametrize("block", range(DEPTH))
+def test_a_block_that_takes_no_attributes_leaves_the_model_as_it_was(name, block):
+    model = make(block_fn=Strict)
+    before = contents(model)
+    vars(model.blocks[block])["closed"] = name
+    with pytest.raises(TypeError, match="not to be set"):
+        apply(model, 0.5)
+    del vars(model.blocks[block])["closed"]
+    assert contents(model) == before
+
+
+# The functions of `patching` in which a model may be half patched.
+STEPS = ("apply", "remove", "_patch", "_unpatch", "_wrapped_as_before")
+
+
+def interrupted(call, at):
+    """Call, and raise an interrupt at that line of those that alter a model; return whether there were so many."""
+    left = at
+
+    def trace(frame, event, arg):
+        nonlocal left
+        if frame.f_code.co_filename != patching.__file__ or frame.f_code.co_name not in STEPS:
+            return None
+        if event == "line":
+            left -= 1
+            if left == 0:
+                raise KeyboardInterrupt
+        return trace
+
+    outer = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        call()
+    except KeyboardInterrupt:
+        return True
+    finally:
+        sys.settrace(outer)
+    return False
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        pytest.param(lambda model: apply(model, 0.5, multi_scale="learned"), id="apply"),
+        pytest.param(lambda model: apply(model, 1.0), id="apply nothing"),
+        pytest.param(remove, id="remove"),
+    ],
+)
+@pytest.mark.parametrize("patched", [False, True])
+def test_an_interrupt_at_any_step_leaves_the_model_as_it_was(patched, call):
+    """While keep rates change, learned fusion is kept with it."""
+    model = timm.create_model("test_vit", depth=2)
+    if patched:
+        apply(model, 0.7, multi_scale="learned", stages=(1,))
+    before, step = contents(model), 1
+    while interrupted(lambda: call(model), step):
+        assert contents(model) == before
+        step += 1
+    assert step > 5
 
 
 class OwnForward(Block):

@@ -9,15 +9,17 @@ import sys
 import warnings
 
 import onnx
+import onnxruntime
 import pytest
 import timm
 import torch
 from checks import run_program, set_fused_attention, shapes
 from families import FAMILIES, images, make
+from timm.models.vision_transformer import VisionTransformer
 from timm.utils import AttentionExtract
 from torch import nn
 
-from token_merge_plugin import PatchStateError, UnsupportedModelError, apply
+from token_merge_plugin import PatchStateError, UnsupportedModelError, apply, remove
 from token_merge_plugin.adapters import find_adapter
 
 
@@ -152,6 +154,82 @@ def test_a_method_that_a_merged_block_would_pass_over_is_refused_if_it_is_not_ti
     block.__class__ = type("Own", (type(block),), {method: lambda self, x: x})
     with pytest.raises(UnsupportedModelError, match="Own is no block"):
         apply(model, 0.6)
+
+
+@pytest.mark.parametrize("kind", ["ViT", "Swin"])
+def test_layers_are_found_by_the_names_of_their_classes(kind):
+    """A configuration of FSDP or of a device map names Block; a profiler sums up by class."""
+    model = make(kind)
+    names = [type(module).__name__ for module in model.modules()]
+    apply(model, 0.6)
+    assert [type(module).__name__ for module in model.modules()] == names
+    assert "TokenMerge" in repr(model)
+    assert "TokenMerge" not in repr(remove(model))
+
+
+class Renamed(VisionTransformer):
+    """Keeps its blocks under another name."""
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.layers = self.blocks
+        del self.blocks
+
+
+class Unlike(VisionTransformer):
+    """Has something else under the name of the blocks."""
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.blocks = None
+
+
+@pytest.mark.parametrize("cls", [Renamed, Unlike])
+def test_a_subclass_that_lacks_what_its_family_has_is_refused_by_name(cls):
+    """A subclass of timm's model keeps its blocks elsewhere."""
+    model = cls(img_size=32, patch_size=8, embed_dim=16, depth=2, num_heads=2)
+    with pytest.raises(UnsupportedModelError, match=f"{cls.__name__} is a model of the family .* register_adapter"):
+        apply(model, 0.6)
+
+
+@pytest.mark.parametrize("kind", ["ViT", "Swin"])
+@pytest.mark.filterwarnings("ignore")  # torch.jit.script is deprecated
+def test_scripting_is_refused_with_what_works_instead(kind):
+    """validate.py --torchscript scripts the model."""
+    model = apply(make(kind), 0.6)
+    for whole in (model, nn.Sequential(model)):
+        with pytest.raises(PatchStateError, match=r"cannot be scripted. Use torch.jit.trace"):
+            torch.jit.script(whole)
+
+
+def test_symbolic_tracing_is_refused_with_what_works_instead():
+    """A feature extractor is made by torch.fx."""
+    with pytest.raises(PatchStateError, match=r"torch.fx cannot trace a VisionTransformer.* Use torch.export"):
+        torch.fx.symbolic_trace(apply(make(), 0.6))
+
+
+@pytest.mark.parametrize("kind", ["ViT", "Swin"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+@torch.no_grad()
+def test_another_default_dtype_changes_nothing(kind, dtype):
+    """torch.set_default_dtype is called somewhere else in the program, for other tensors."""
+    model, x = apply(make(kind), 0.6), images(kind)
+    expected = model(x)
+    torch.set_default_dtype(dtype)
+    try:
+        assert torch.equal(model(x), expected)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("kind", ["EVA-02", "DINOv3"])
+@torch.no_grad()
+def test_rotary_models_export_by_tracing(kind):
+    """torch.onnx.export without Dynamo, which makes a tensor of a flag on its way through timm."""
+    model, x = apply(make(kind, depth=2), {1: 0.6}), images(kind)
+    session = onnxruntime.InferenceSession(exported_by_tracing(model, x).SerializeToString())
+    (output,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    torch.testing.assert_close(torch.from_numpy(output), model(x), rtol=1e-3, atol=1e-4)
 
 
 class LoRA(nn.Module):

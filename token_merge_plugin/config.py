@@ -253,7 +253,7 @@ def tokens_kept(tokens: int, amount: Amount) -> int:
         return tokens - min(amount, tokens // 2)
     # In integers, so that the number of tokens may be a symbol, and 0.55 * 100 is not a little more than 55.
     share, whole = ratio(amount)
-    return -(-share * tokens // whole)
+    return (share * tokens + whole - 1) // whole  # of positive numbers: ONNX would round others towards 0
 
 
 def ratio(rate: float) -> tuple[int, int]:

@@ -7,6 +7,8 @@ its import hooks.
 """
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any, NamedTuple, TypeVar
 
@@ -17,7 +19,7 @@ from token_merge_plugin.adapters import Adapter, find_adapter, registered_adapte
 from token_merge_plugin.adapters.base import Patched, Place, patched_class
 from token_merge_plugin.adapters.refused import REFUSED
 from token_merge_plugin.config import BY_CLASS_ATTENTION, KeepRate, MergeConfig
-from token_merge_plugin.errors import ConfigError, PatchStateError, UnsupportedModelError
+from token_merge_plugin.errors import ConfigError, PatchStateError, UnsupportedModelError, first_line
 from token_merge_plugin.method.multiscale import MultiScaleFusion
 from token_merge_plugin.method.state import Plan
 
@@ -62,20 +64,17 @@ def apply(model: Model, keep_rate: KeepRate | MergeConfig = 0.7, **options: Any)
             known.
         PatchStateError: the model is compiled, or in the middle of a forward pass.
 
-        After any of these the model is exactly as it was.
+        After any of these, and whatever else is raised on the way, the model is exactly as it was.
     """
     config = MergeConfig.of(keep_rate, **options)
     _check_model(model)
-    before = _patches(model)
-    learned = [change.fusion for change in before if change.fusion is not None]
-    _unpatch(before)
-    try:
+    with _all_or_nothing(model):
+        before = _patches(model)
+        learned = [change.fusion for change in before if change.fusion is not None]
+        _unpatch(before)
         after = [change for part, adapter in _served(model) for change in _changes(part, adapter, config, learned)]
         _patch(_wrapped_as_before(before, after))
-    except Exception:
-        _patch(before)
-        raise
-    return model
+        return model
 
 
 def remove(model: Model) -> Model:
@@ -91,8 +90,9 @@ def remove(model: Model) -> Model:
             raise PatchStateError(
                 f"A patched module was made a {change.cls.__name__} since. Undo that first, or remove before it."
             )
-    _unpatch(changes)
-    return model
+    with _all_or_nothing(model):
+        _unpatch(changes)
+        return model
 
 
 def supported_models() -> list[str]:
@@ -129,6 +129,22 @@ def stage_choices(model: nn.Module) -> tuple[list[range], tuple[int, ...]]:
     if adapter.model_mixin is None:
         sections = [range(block, block + 1) for section in sections for block in section]
     return sections, adapter.default_stages(part)
+
+
+@contextmanager
+def _all_or_nothing(model: nn.Module) -> Iterator[None]:
+    """Put every module of the model back as it was if anything is raised: an interrupt, or by a module itself."""
+    before = [(module, type(module), dict(vars(module)), dict(module._modules)) for module in model.modules()]
+    try:
+        yield
+    except BaseException:
+        for module, cls, attributes, children in before:
+            # Past the module's own __setattr__, which may be what raised.
+            object.__setattr__(module, "__class__", cls)
+            for kept, now in ((attributes, vars(module)), (children, module._modules)):
+                now.clear()
+                now.update(kept)
+        raise
 
 
 def _patch(changes: list[Change]) -> None:
@@ -225,10 +241,14 @@ def _served(model: nn.Module) -> list[tuple[nn.Module, Adapter]]:
 
 def _changes(model: Any, adapter: Adapter, config: MergeConfig, learned: list[MultiScaleFusion]) -> list[Change]:
     """Plan what is to be done to a served model, without touching it."""
-    blocks = adapter.blocks(model)
+    with _looked_at(model, adapter):
+        blocks = adapter.blocks(model)
+        mixins = [list(adapter.mixins(block)) for block in blocks]
+        sections, default = adapter.sections(model), adapter.default_stages(model)
+        class_tokens, grid_size = adapter.num_class_tokens(model), adapter.grid_size(model)
+        num_prefix_tokens, class_queries = adapter.num_prefix_tokens(model), adapter.class_queries(model, config)
     if not blocks:
         raise UnsupportedModelError(f"{type(model).__name__} has no blocks, so there is nothing to patch.")
-    mixins = [list(adapter.mixins(block)) for block in blocks]
     if adapter.model_mixin is None:
         _check_on_entry(model, config)
     if config.multi_scale != "off" and not adapter.in_rows:
@@ -236,8 +256,7 @@ def _changes(model: Any, adapter: Adapter, config: MergeConfig, learned: list[Mu
             f"multi_scale={config.multi_scale!r} needs to know which tokens are neighbours, and the order in which "
             f"{type(model).__name__} keeps them does not tell. Leave it at 'off'."
         )
-    sections = adapter.sections(model)
-    schedule = config.schedule(len(blocks), adapter.default_stages(model), sections)
+    schedule = config.schedule(len(blocks), default, sections)
     for block in schedule:
         if not any(block in section for section in sections):
             allowed = ", ".join(str(b) for section in sections for b in section)
@@ -248,7 +267,6 @@ def _changes(model: Any, adapter: Adapter, config: MergeConfig, learned: list[Mu
     if config.multi_scale == "learned":
         _check_learned(model, adapter, sections)
     fused = min(schedule, default=None) if config.multi_scale == "learned" else None
-    class_tokens = adapter.num_class_tokens(model)
     if config.importance == "class_attention" and not class_tokens:
         raise ConfigError(
             f"importance='class_attention' needs a class token, and this {type(model).__name__} has none. "
@@ -265,9 +283,9 @@ def _changes(model: Any, adapter: Adapter, config: MergeConfig, learned: list[Mu
         config=config,
         schedule=schedule,
         sections=tuple(sections),
-        num_prefix_tokens=adapter.num_prefix_tokens(model),
-        class_queries=adapter.class_queries(model, config),
-        grid_size=adapter.grid_size(model),
+        num_prefix_tokens=num_prefix_tokens,
+        class_queries=class_queries,
+        grid_size=grid_size,
         checkpointing=getattr(model, "grad_checkpointing", False),
     )
     changes: list[Change] = []
@@ -280,6 +298,18 @@ def _changes(model: Any, adapter: Adapter, config: MergeConfig, learned: list[Mu
             changes += [Change(layer, patched_class(mixin, type(layer)), Place(plan, index)) for layer, mixin in layers]
             changes.append(Change(outer, patched_class(outer_mixin, type(outer)), Place(plan, index), fusion))
     return changes
+
+
+@contextmanager
+def _looked_at(model: nn.Module, adapter: Adapter) -> Iterator[None]:
+    """Refuse a model of a known class that has not got what the family's adapter looks for in it."""
+    try:
+        yield
+    except (AttributeError, TypeError) as error:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} is a model of the family {adapter.family} by its class, but not by its parts: "
+            f"{first_line(error)}. Serve it with an adapter of your own: register_adapter."
+        ) from error
 
 
 def _fusion(model: Any, block: nn.Module, learned: list[MultiScaleFusion]) -> MultiScaleFusion:

@@ -208,7 +208,7 @@ def test_run_patches_the_models_of_a_script(tmp_path, capsys):
     script.write_text(
         "import sys, timm\n"
         "model = timm.create_model('test_vit')\n"
-        "print(type(model).__name__, sys.argv[1:])\n"
+        "print(model._get_name(), sys.argv[1:])\n"
         "sys.exit(int(sys.argv[2]))\n"
     )
     with pytest.raises(SystemExit) as stop:

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from timm.models import checkpoint
 from torch import Tensor, nn
+from torch.fx.proxy import TraceError
 
 from token_merge_plugin.adapters.registry import find_adapter
 from token_merge_plugin.adapters.registry import register_adapter as register_adapter
@@ -52,12 +53,22 @@ class Patched(nn.Module):
         state = super().__reduce_ex__(2)[2:]
         return (_new_patched, type(self)._token_merge_parts, *state)
 
+    def _get_name(self) -> str:
+        # Of what torch prints. The class has the name of the original, by which other libraries look for it.
+        return f"TokenMerge{super()._get_name()}"
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        raise PatchStateError(
+            f"A {type(self).__name__} with token merging cannot be scripted. Use torch.jit.trace, torch.export or "
+            "torch.compile, or token_merge_plugin.remove the merging first."
+        )
+
 
 _classes: dict[tuple[type[Patched], type[nn.Module]], type[nn.Module]] = {}
 
 
 def patched_class(mixin: type[Patched], original: type[nn.Module]) -> type[nn.Module]:
-    """Return the subclass of `original` that `mixin` patches, named after it: always the same one."""
+    """Return the subclass of `original` that `mixin` patches, with its name: always the same one."""
     key = (mixin, original)
     if key not in _classes:
         _classes[key] = _make_class(mixin, original)
@@ -66,10 +77,10 @@ def patched_class(mixin: type[Patched], original: type[nn.Module]) -> type[nn.Mo
 
 def _make_class(mixin: type[Patched], original: type[nn.Module]) -> type[nn.Module]:
     body: dict[str, Any] = {"_token_merge_parts": (mixin, original), "__doc__": original.__doc__}
-    body["__module__"] = mixin.__module__
+    body |= {"__module__": original.__module__, "__qualname__": original.__qualname__}
     if issubclass(mixin, PatchedModel) and hasattr(original, "set_input_size"):
         body["set_input_size"] = _followed(original.set_input_size)
-    return type(f"TokenMerge{original.__name__}", (mixin, original), body)
+    return type(original.__name__, (mixin, original), body)
 
 
 def _followed(method: Callable) -> Callable:
@@ -108,6 +119,11 @@ class PatchedModel(Patched):
             if plan.current() is not None and not keep_grid:
                 raise PatchStateError("The last block did not run: blocks were taken away since apply. Apply again.")
             return result
+        except TraceError as error:
+            raise PatchStateError(
+                f"torch.fx cannot trace a {type(self).__name__} with token merging, which depends on token counts. "
+                "Use torch.export or torch.jit.trace, or token_merge_plugin.remove the merging first."
+            ) from error
         finally:
             plan.close_edge(outer)
 
@@ -286,6 +302,8 @@ class PatchedAttention(Patched):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         plan, block = self._token_merge
         state = plan.current()
+        if "is_causal" in kwargs:  # a tensor where a call is traced
+            kwargs["is_causal"] = bool(kwargs["is_causal"])
         if block not in plan.spans or state is None or (state.merged is None and block not in plan.schedule):
             return super().forward(x, *args, **kwargs)
         return self.merged_forward(x, *args, **kwargs)

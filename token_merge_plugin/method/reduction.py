@@ -210,7 +210,7 @@ def merge_within(
             similarity = similarity.unflatten(0, (-1, pairs.shape[0])).masked_fill(pairs, -1).flatten(0, 1)
         importance = similarity.new_ones(tokens.shape[0], inside)
         assignment = assign(similarity, importance, keep_rate)
-    size = torch.ones(tokens.shape[0], inside, device=tokens.device)
+    size = torch.ones(tokens.shape[0], inside, dtype=torch.float32, device=tokens.device)
     merged_tokens, size = merge(tokens, size, assignment)
     keep = size.shape[1]
     cell = torch.arange(number, device=tokens.device)[:, None]
@@ -227,7 +227,7 @@ def _unmerged(state: Pass, image_tokens: Tensor, evidence: list[Evidence]) -> Me
     """Return the state before any merge: each patch its own token, of size 0 where it is padding."""
     batch, patches, _ = image_tokens.shape
     device = image_tokens.device
-    size = torch.ones(batch, patches, device=device)
+    size = torch.ones(batch, patches, dtype=torch.float32, device=device)
     bias = evidence[0].bias
     if bias is not None:
         sees = bias > HIDDEN  # [1 or B, 1 or H, 1 or P + N, P + N]
