@@ -286,6 +286,18 @@ def exported_by_tracing(model, x, **options):
     return onnx.load_from_string(file.getvalue())
 
 
+@pytest.mark.parametrize("kind", ["ViT", "Swin", "XCiT"])
+@torch.no_grad()
+def test_a_model_exported_by_tracing_takes_a_batch_of_any_size(kind):
+    """torch.onnx.export without Dynamo, with a dynamic batch."""
+    model, x = apply(make(kind), 0.6), images(kind, batch=3)
+    options = {"input_names": ["x"], "dynamic_axes": {"x": {0: "batch"}}, "opset_version": 17}
+    session = onnxruntime.InferenceSession(exported_by_tracing(model, x[:2], **options).SerializeToString())
+    for some in (x[:1], x):
+        (output,) = session.run(None, {"x": some.numpy()})
+        torch.testing.assert_close(torch.from_numpy(output), model(some), rtol=1e-3, atol=1e-4)
+
+
 def test_attention_without_fused_kernels_exports_without_dropout():
     """A model is exported to ONNX by tracing, with fused attention off, for a runtime that knows no Dropout."""
     model = make()

@@ -289,7 +289,7 @@ class PatchedGridBlock(Patched):
 
     def per_image(self, drop_path: nn.Module, x: Tensor, number: int) -> Tensor:
         """Drop the path of whole images, not of their windows, of which each image has that number."""
-        return drop_path(x.unflatten(0, (-1, number))).flatten(0, 1)
+        return drop_path(x.reshape(x.shape[0] // number, number, *x.shape[1:])).reshape(x.shape)
 
 
 class PatchedAttention(Patched):

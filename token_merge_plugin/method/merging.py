@@ -203,15 +203,18 @@ def split(score: Tensor, keep: int) -> tuple[Tensor, Tensor]:
 
 def windows(grid: Tensor, height: int, width: int) -> Tensor:
     """Cut grids into windows of that size: [B, H, W, C] -> [B * windows, height * width, C]."""
-    grid = grid.unflatten(2, (-1, width)).unflatten(1, (-1, height))
-    return grid.transpose(2, 3).flatten(3, 4).flatten(0, 2)
+    batch, rows, columns, channels = grid.shape[0], grid.shape[1] // height, grid.shape[2] // width, grid.shape[3]
+    grid = grid.reshape(batch, rows, height, columns, width, channels).transpose(2, 3)
+    # Not by unflatten, with which torch.onnx.export without Dynamo takes the batch of the example for a constant.
+    return grid.reshape(batch * rows * columns, height * width, channels)
 
 
 def join_windows(x: Tensor, height: int, width: int, grid_size: tuple[int, int]) -> Tensor:
     """Undo `windows`: [B * windows, height * width, C] -> [B, H, W, C], where grid_size is (H, W)."""
     rows, columns = grid_size[0] // height, grid_size[1] // width
-    grid = x.unflatten(1, (height, width)).unflatten(0, (-1, rows, columns))
-    return grid.transpose(2, 3).flatten(3, 4).flatten(1, 2)
+    batch, channels = x.shape[0] // (rows * columns), x.shape[2]
+    grid = x.reshape(batch, rows, columns, height, width, channels).transpose(2, 3)
+    return grid.reshape(batch, rows * height, columns * width, channels)
 
 
 def count_windows(grid: Tensor, height: int, width: int) -> int:

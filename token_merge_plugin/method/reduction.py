@@ -199,15 +199,17 @@ def merge_within(
     Returns:
         [W, K, C], and where the tokens went.
     """
-    channels = tokens.shape[2]
+    count, _, channels = tokens.shape
     index = cells(*grid_size, device=tokens.device)  # [n, t]
     number, inside = index.shape
-    tokens = windows(tokens.unflatten(1, grid_size), *map(cell_side, grid_size))  # [W * n, t, C]
+    tokens = windows(tokens.reshape(count, *grid_size, channels), *map(cell_side, grid_size))  # [W * n, t, C]
     with torch.no_grad():
         similarity = cosine_similarity(tokens)
         if apart is not None:
             pairs = apart[:, index[:, :, None], index[:, None, :]].flatten(0, 1)  # [w * n, t, t]
-            similarity = similarity.unflatten(0, (-1, pairs.shape[0])).masked_fill(pairs, -1).flatten(0, 1)
+            images = similarity.shape[0] // pairs.shape[0]
+            by_image = similarity.reshape(images, pairs.shape[0], inside, inside)
+            similarity = by_image.masked_fill(pairs, -1).reshape(similarity.shape)
         importance = similarity.new_ones(tokens.shape[0], inside)
         assignment = assign(similarity, importance, keep_rate)
     size = torch.ones(tokens.shape[0], inside, dtype=torch.float32, device=tokens.device)
@@ -215,11 +217,12 @@ def merge_within(
     keep = size.shape[1]
     cell = torch.arange(number, device=tokens.device)[:, None]
     token_map = follow(torch.arange(inside, device=tokens.device).expand(tokens.shape[0], -1), assignment)
-    token_map = (token_map.unflatten(0, (-1, number)) + cell * keep).flatten(1)[:, index.flatten().argsort()]
-    representative = index[cell, assignment.crucial.unflatten(0, (-1, number))].flatten(1)
+    token_map = (token_map.reshape(count, number, inside) + cell * keep).reshape(count, number * inside)
+    token_map = token_map[:, index.flatten().argsort()]
+    representative = index[cell, assignment.crucial.reshape(count, number, keep)].reshape(count, number * keep)
     return (
-        merged_tokens.reshape(-1, number * keep, channels),
-        Merged(size.reshape(-1, number * keep), token_map, representative),
+        merged_tokens.reshape(count, number * keep, channels),
+        Merged(size.reshape(count, number * keep), token_map, representative),
     )
 
 
