@@ -23,11 +23,11 @@ class MergingNestAttention(PatchedAttention):
         query, key, value = qkv.permute(2, 0, 3, 1, 4)
         out = attend(self, query, key, value, drop=lambda weight: self.drop(weight, x.shape[:2]))
         out = out.permute(0, 2, 3, 1).flatten(2)  # unlike elsewhere, the heads lie side by side in each channel
-        return self.proj_drop(self.proj(out.unflatten(0, x.shape[:2])))
+        return self.proj_drop(self.proj(out.reshape(x.shape)))
 
     def drop(self: Any, weight: Tensor, windows: tuple[int, int]) -> Tensor:
         """Drop of an attention matrix [B * windows, H, K, K], which timm has as [B, H, windows, K, K]."""
-        return self.attn_drop(weight.unflatten(0, windows).transpose(1, 2)).transpose(1, 2).flatten(0, 1)
+        return self.attn_drop(weight.reshape(*windows, *weight.shape[1:]).transpose(1, 2)).transpose(1, 2).flatten(0, 1)
 
 
 class MergingTransformerLayer(PatchedGridBlock):
@@ -36,14 +36,14 @@ class MergingTransformerLayer(PatchedGridBlock):
     parts = ("norm1", "attn", "drop_path1", "norm2", "mlp", "drop_path2")
 
     def forward(self: Any, x: Tensor) -> Tensor:
-        windows, patches = x.shape[1], x.shape[2]
+        batch, windows, patches, _ = x.shape
         side = math.isqrt(patches)
         x = self.update_fewer(
             x.flatten(0, 1),
             (side, side),
-            lambda tokens: self.update(tokens.unflatten(0, (-1, windows))).flatten(0, 1),
+            lambda tokens: self.update(tokens.reshape(batch, windows, *tokens.shape[1:])).flatten(0, 1),
         )
-        return x.unflatten(0, (-1, windows))
+        return x.reshape(batch, windows, *x.shape[1:])
 
     def update(self: Any, x: Tensor) -> Tensor:
         """Return what attention and MLP add to the tokens of all windows, [B, windows, K, C]."""

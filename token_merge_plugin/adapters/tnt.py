@@ -47,12 +47,12 @@ class MergingTNTBlock(PatchedGridBlock):
     def forward(self: Any, pixel_embed: Tensor, patch_embed: Tensor) -> tuple[Tensor, Tensor]:
         channels = patch_embed.shape[2]
         class_token, patches = patch_embed[:, :1], patch_embed[:, 1:]
-        pixels = pixel_embed.unflatten(0, patches.shape[:2])  # [B, N, pixels, c]
+        pixels = pixel_embed.reshape(*patches.shape[:2], *pixel_embed.shape[1:])  # [B, N, pixels, c]
         updates = []  # of the class token, which is computed with the others
 
         def update(tokens: Tensor) -> Tensor:
             patches, pixels = tokens.split((channels, tokens.shape[2] - channels), dim=2)
-            pixels = pixels.unflatten(2, pixel_embed.shape[1:])
+            pixels = pixels.reshape(*pixels.shape[:2], *pixel_embed.shape[1:])
             inner = self.update_pixels(pixels.flatten(0, 1)).view(pixels.shape)
             outer = self.update_patches(torch.cat((class_token, patches), dim=1), pixels + inner)
             updates.append(outer[:, :1])
