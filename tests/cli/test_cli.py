@@ -175,12 +175,77 @@ def test_calibrate_writes_a_config_for_the_other_commands(photos, tmp_path, monk
     assert "of the multiply-adds are left" in output
     assert "of the default schedule at the same share" in output
     words = shlex.split(output.splitlines()[-1])
-    assert words[:4] == ["token-merge", "evaluate", "--config", "config.json"]
+    assert words[:4] == ["token-merge", "evaluate", "--config", "token-merge.json"]
     assert sorted(words[4:]) == sorted([*photos, "--data", "photos"])
     assert main([*words[1:], "-q", "--json", "r.json"]) == 0
     assert from_json((tmp_path / "r.json").read_text()).rows[1].reduction == pytest.approx(0.2, abs=0.02)
     assert main(["evaluate", "--config", "missing.json"]) == 2
     assert "cannot be read" in capsys.readouterr().err
+
+
+@pytest.fixture
+def quick_calibration(monkeypatch):
+    """Let `calibrate` find the same schedule at once, whatever the images are."""
+    found = token_merge_plugin.MergeConfig({1: 0.7, 4: 0.5})
+    monkeypatch.setattr("token_merge_plugin.cli.calibrate.calibrate", lambda *args, **kwargs: found)
+    return found
+
+
+def test_calibrate_prints_the_schedule_before_it_writes_the_file(
+    quick_calibration, photos, tmp_path, monkeypatch, capsys
+):
+    def full_disk(*args, **kwargs):
+        raise OSError("No space left on device")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("pathlib.Path.write_text", full_disk)
+    assert main(["calibrate", "-q", *photos, "--data", "photos", "--target", "0.8"]) == 1
+    output, errors = capsys.readouterr()
+    assert "No space left" in errors
+    (text,) = (line for line in output.splitlines() if line.startswith("{"))
+    assert token_merge_plugin.MergeConfig.from_json(text) == quick_calibration
+
+
+@pytest.mark.parametrize("content", ['{"architecture": "test_vit", "num_classes": 2}', "no JSON", "{}"])
+def test_calibrate_replaces_no_file_of_others_without_being_told_to(
+    content, quick_calibration, photos, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    output = tmp_path / "config.json"
+    output.write_text(content)
+    arguments = ["calibrate", "-q", *photos, "--data", "photos", "--target", "0.8", "--output", "config.json"]
+    assert main(arguments) == 2
+    assert "add --force" in capsys.readouterr().err
+    assert output.read_text() == content
+    assert main([*arguments, "--force"]) == 0
+    written = output.read_text()
+    assert main(arguments) == 0  # its own it may replace
+    assert output.read_text() == written
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["trial", "--json"],
+        ["trial", "--csv"],
+        ["trial", "--html"],
+        ["trial", "--png"],
+        ["trial", "--log"],
+        ["evaluate", "--json"],
+        ["calibrate", "--output"],
+        ["show", "image.png", "--output"],
+    ],
+)
+@pytest.mark.parametrize(("path", "reason"), [("missing/file", "no folder missing"), ("folder", "it is a folder")])
+def test_outputs_are_checked_before_the_work_starts(arguments, path, reason, tmp_path, monkeypatch, capsys):
+    def no_work(*args, **kwargs):
+        raise AssertionError("The model is loaded already.")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("token_merge_plugin.cli.options.load_model", no_work)
+    (tmp_path / "folder").mkdir()
+    assert main([*arguments, path]) == 2
+    assert reason in capsys.readouterr().err
 
 
 def test_show_draws_every_stage(photos, tmp_path, monkeypatch, capsys):

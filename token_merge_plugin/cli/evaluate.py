@@ -16,6 +16,7 @@ from token_merge_plugin.cli.options import (
     add_device_options,
     add_model_options,
     asked_config,
+    check_outputs,
     load,
     open_images,
 )
@@ -43,6 +44,7 @@ def add(commands: Any) -> None:
 
 
 def _evaluate(args: argparse.Namespace) -> int:
+    check_outputs(args.json)
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if world_size > 1:
         if args.device.type == "cuda":

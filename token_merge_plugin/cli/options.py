@@ -1,6 +1,7 @@
 """Options that several subcommands share, and what they ask for: a model, images, a config."""
 
 import argparse
+import os
 from pathlib import Path
 from typing import Any
 
@@ -165,6 +166,27 @@ def open_images(args: argparse.Namespace, model: nn.Module, **shard: int) -> Dat
         device=args.device,
         **shard,
     )
+
+
+def check_outputs(*paths: Path | None) -> None:
+    """Raise now what would keep results from being written when all the work is done.
+
+    Args:
+        paths: of files that will be written, or replaced; None for none.
+    """
+    for path in paths:
+        if path is None:
+            continue
+        folder = path.resolve().parent
+        reason = None
+        if not folder.is_dir():
+            reason = f"there is no folder {path.parent}"
+        elif path.is_dir():
+            reason = "it is a folder"
+        elif not os.access(path if path.exists() else folder, os.W_OK):
+            reason = "there is no permission to"
+        if reason is not None:
+            raise DataError(f"{path} cannot be written: {reason}. Give another file.")
 
 
 def asked_batch_size(args: argparse.Namespace) -> int:

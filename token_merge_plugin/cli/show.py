@@ -10,6 +10,7 @@ from token_merge_plugin.cli.options import (
     add_device_options,
     add_model_options,
     asked_config,
+    check_outputs,
     load,
 )
 from token_merge_plugin.errors import DataError
@@ -38,6 +39,7 @@ def add(commands: Any) -> None:
 
 
 def _show(args: argparse.Namespace) -> int:
+    check_outputs(args.output)
     model = load(args)
     data = open_data(args.image, data_config(model, img_size=args.img_size), workers=0, device=args.device)
     apply(model, asked_config(args))

@@ -17,11 +17,12 @@ from token_merge_plugin.cli.options import (
     add_data_options,
     add_device_options,
     add_model_options,
+    check_outputs,
     load,
     open_images,
 )
 from token_merge_plugin.cli.printing import print_result
-from token_merge_plugin.errors import DataError, UnsupportedModelError
+from token_merge_plugin.errors import UnsupportedModelError
 from token_merge_plugin.patching import apply, remove
 from token_merge_plugin.trial.data import Data
 from token_merge_plugin.trial.drawing import Picture, picture_stages
@@ -65,7 +66,9 @@ def add(commands: Any) -> None:
 
 
 def _trial(args: argparse.Namespace) -> int:
-    _check_outputs(args)
+    if args.html or args.png:
+        require_charts()
+    check_outputs(args.html, args.png, args.json, args.csv, args.log)
     keep_freed_memory()
     model = load(args)
     data = open_images(args, model)
@@ -92,15 +95,6 @@ def _trial(args: argparse.Namespace) -> int:
     if not args.log:
         log.unlink()
     return 0
-
-
-def _check_outputs(args: argparse.Namespace) -> None:
-    """Raise now what would go wrong with the results when all the work is done."""
-    if args.html or args.png:
-        require_charts()
-    for path in (args.html, args.png, args.json, args.csv, args.log):
-        if path is not None and not path.resolve().parent.is_dir():
-            raise DataError(f"{path} cannot be written: there is no folder {path.parent}.")
 
 
 def _unfinished_log(args: argparse.Namespace) -> Path:
