@@ -203,7 +203,7 @@ def test_calibrate_prints_the_schedule_before_it_writes_the_file(
     output, errors = capsys.readouterr()
     assert "No space left" in errors
     (text,) = (line for line in output.splitlines() if line.startswith("{"))
-    assert token_merge_plugin.MergeConfig.from_json(text) == quick_calibration
+    assert text == quick_calibration.to_json()
 
 
 @pytest.mark.parametrize("content", ['{"architecture": "test_vit", "num_classes": 2}', "no JSON", "{}"])

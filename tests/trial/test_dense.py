@@ -189,7 +189,7 @@ def test_results_with_another_head_are_not_mixed_in(tmp_path, head):
     log, data = tmp_path / "trial.jsonl", Tensors(make_images(3))
     run_trial(make(), data, (0.5,), head=head, log=log, **FAST)
     for other in (PatchHead(), None):
-        with pytest.raises(ConfigError, match="another trial: it differs in head"):
+        with pytest.raises(ConfigError, match="other work: it differs in head"):
             run_trial(make(), data, (0.5,), head=other, log=log, **FAST)
 
 

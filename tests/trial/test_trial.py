@@ -276,7 +276,7 @@ def test_a_log_is_json_lines_and_survives_a_cut_at_its_end(tmp_path):
 def test_results_of_another_trial_are_not_mixed_in(tmp_path):
     log, model = tmp_path / "trial.jsonl", make()
     run_trial(model, tensors(), (0.5,), log=log, **FAST)
-    with pytest.raises(ConfigError, match="another trial: it differs in contenders"):
+    with pytest.raises(ConfigError, match="other work: it differs in contenders"):
         run_trial(model, tensors(), (0.6,), log=log, **FAST)
     torch.manual_seed(1)
     torch.nn.init.normal_(model.head.weight)

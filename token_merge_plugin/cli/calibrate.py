@@ -2,6 +2,7 @@
 
 import argparse
 import shlex
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,11 +20,14 @@ from token_merge_plugin.cli.options import (
     given_options,
     load,
     open_images,
+    shows_progress,
+    unfinished_log,
 )
 from token_merge_plugin.config import MergeConfig
 from token_merge_plugin.errors import ConfigError, DataError
 from token_merge_plugin.trial.budgets import WORK
 from token_merge_plugin.trial.calibration import Calibration, calibrate
+from token_merge_plugin.trial.fusion import remembered
 from token_merge_plugin.trial.measuring import keep_freed_memory
 
 
@@ -57,20 +61,31 @@ def _calibrate(args: argparse.Namespace) -> int:
         _check_is_ours(args.output)
     keep_freed_memory()
     model = load(args)
-    images = open_images(args, model)
-    reached: list[Calibration] = []
-    with torch.autocast(args.device.type, DTYPES[args.amp or "float32"], enabled=args.amp is not None):
-        config = calibrate(
-            model,
-            images,
-            args.target,
-            budget=args.budget,
-            num_images=None,  # that many were opened
-            batch_size=asked_batch_size(args),
-            seed=args.seed,
-            progress=not args.quiet,
-            report=reached.append,
+    if remembered(model).fusion:
+        raise ConfigError(
+            f"{args.checkpoint} has a learned fusion, trained for stages of its own: others cannot be chosen. "
+            "Calibrate before fine-tuning."
         )
+    images = open_images(args, model)
+    log = unfinished_log(args)
+    reached: list[Calibration] = []
+    try:
+        with torch.autocast(args.device.type, DTYPES[args.amp or "float32"], enabled=args.amp is not None):
+            config = calibrate(
+                model,
+                images,
+                args.target,
+                budget=args.budget,
+                num_images=None,  # that many were opened
+                batch_size=asked_batch_size(args),
+                seed=args.seed,
+                progress=shows_progress(args),
+                log=log,
+                report=reached.append,
+            )
+    except KeyboardInterrupt:
+        print(f"token-merge: interrupted. The same command goes on from here ({log}).", file=sys.stderr)
+        return 130
     assert isinstance(config.keep_rate, Mapping)
     for block, rate in config.keep_rate.items():
         print(f"block {block}: keep rate {rate:.3f}")
@@ -81,6 +96,7 @@ def _calibrate(args: argparse.Namespace) -> int:
     text = config.to_json() + "\n"
     print(text, end="", flush=True)  # in front of the file, which may fail after all
     args.output.write_text(text, encoding="utf-8")
+    log.unlink(missing_ok=True)
     print(f"Written: {args.output}. To try it on all images:")
     print(shlex.join(["token-merge", "evaluate", "--config", str(args.output), *given_options(args)]))
     return 0

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from token_merge_plugin.cli.options import add_command
+from token_merge_plugin.cli.options import add_command, shows_progress
 from token_merge_plugin.config import METHODS
 from token_merge_plugin.errors import ConfigError
 from token_merge_plugin.patching import apply, models_by_adapter
@@ -39,7 +39,7 @@ def _list(args: argparse.Namespace) -> int:
         return 0
     models = sum(map(len, served.values()))
     total = models if args.all else len(served)
-    with tqdm(total=total, desc="counting", unit="model", leave=False, disable=args.quiet) as bar:
+    with tqdm(total=total, desc="counting", unit="model", leave=False, disable=not shows_progress(args)) as bar:
         rows = list_families(args.keep_rate, every_model=args.all, progress=bar.update)
     print(format_families(rows, args.keep_rate))
     print(

@@ -14,9 +14,9 @@ from token_merge_plugin.cli.options import (
     load,
 )
 from token_merge_plugin.errors import DataError
-from token_merge_plugin.patching import apply
 from token_merge_plugin.trial.data import open_data
 from token_merge_plugin.trial.drawing import Picture, contact_sheet, picture_stages
+from token_merge_plugin.trial.measuring import plan
 from token_merge_plugin.trial.models import data_config
 from token_merge_plugin.trial.tracing import trace
 
@@ -42,7 +42,7 @@ def _show(args: argparse.Namespace) -> int:
     check_outputs(args.output)
     model = load(args)
     data = open_data(args.image, data_config(model, img_size=args.img_size), workers=0, device=args.device)
-    apply(model, asked_config(args))
+    plan(model, asked_config(args, model))
     batch, drawn = next(iter(data)), data.picture(int(data.indices[0]))
     stages = trace(model, batch.images)
     try:

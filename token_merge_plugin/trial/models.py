@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import timm
+import torch
 from timm.data import resolve_input_data_config
 from timm.models import (
     get_pretrained_cfg,
@@ -15,10 +16,12 @@ from timm.models import (
     resolve_model_input_args,
     split_model_name_tag,
 )
-from torch import nn
+from torch import Tensor, nn
 
 from token_merge_plugin.builtin import CLASSES, MEAN, STD, create_reference_model
+from token_merge_plugin.config import MergeConfig
 from token_merge_plugin.errors import ConfigError, DataError, first_few, first_line
+from token_merge_plugin.trial.fusion import CONFIG_KEY, PART, Trained, remember
 
 
 def load_model(
@@ -35,7 +38,8 @@ def load_model(
 
     Args:
         name: timm's name of a model, or an id after `hf-hub:` or `local-dir:`; None for the built-in model.
-        checkpoint: file of weights, as timm's `load_checkpoint` takes it. Pretrained weights are not loaded then.
+        checkpoint: file of weights, as timm's `load_checkpoint` takes it. Pretrained weights are not loaded then. A
+            learned fusion in it is remembered (`fusion.remembered`), and used whenever a trial patches the model.
         use_ema: take the checkpoint's moving average of the weights, where it has one.
         pretrained: load pretrained weights.
         num_classes: classes of the classifier; None for those of the weights.
@@ -59,10 +63,28 @@ def load_model(
         model = _timm_model(name, pretrained, **options)
     if checkpoint is not None:
         try:
-            load_checkpoint(model, str(checkpoint), use_ema=use_ema)
+            _load_checkpoint(model, checkpoint, use_ema)
         except Exception as error:  # as many kinds as there are ways to damage a file
             raise DataError(_checkpoint_problem(model, checkpoint, use_ema, error)) from error
     return model.eval()
+
+
+def _load_checkpoint(model: nn.Module, checkpoint: str | Path, use_ema: bool) -> None:
+    """Load a checkpoint as timm does, and remember the fusion and the options that it was fine-tuned with."""
+    fusion: dict[str, Tensor] = {}
+
+    def without_fusion(state: Mapping[str, Tensor], _: nn.Module) -> dict[str, Tensor]:
+        fusion.update({name: value for name, value in state.items() if PART in name})
+        return {name: value for name, value in state.items() if PART not in name}
+
+    load_checkpoint(model, str(checkpoint), use_ema=use_ema, filter_fn=without_fusion)
+    config = None
+    if Path(checkpoint).suffix not in (".safetensors", ".npz", ".npy"):
+        content = torch.load(checkpoint, map_location="cpu", weights_only=True)
+        if isinstance(content, Mapping) and isinstance(content.get(CONFIG_KEY), str):
+            config = MergeConfig.from_json(content[CONFIG_KEY])
+    if fusion or config is not None:
+        remember(model, Trained(fusion, config))
 
 
 def _timm_model(name: str, pretrained: bool, **options: Any) -> nn.Module:
@@ -128,7 +150,7 @@ def _creation_error(
 def _checkpoint_problem(model: nn.Module, checkpoint: str | Path, use_ema: bool, error: Exception) -> str:
     try:
         found = load_state_dict(str(checkpoint), use_ema)
-        shapes = {key: tuple(value.shape) for key, value in found.items()}
+        shapes = {key: tuple(value.shape) for key, value in found.items() if PART not in key}
     except Exception:  # `error` says why already
         return f"{checkpoint} is damaged, or is not a file of weights: {first_line(error)}"
     expected = {key: tuple(value.shape) for key, value in model.state_dict().items()}

@@ -44,6 +44,16 @@ def format_difference(difference: tuple[float, tuple[float, float] | None]) -> s
     return text if interval is None else f"{text} [{100 * interval[0]:+.2f}, {100 * interval[1]:+.2f}]"
 
 
+def _speed_up(row: TrialRow) -> tuple[float, tuple[float, float] | None] | None:
+    return None if row.speed_up is None else (row.speed_up, row.speed_up_interval)
+
+
+def format_speed_up(speed_up: tuple[float, tuple[float, float] | None]) -> str:
+    """Write a speed-up and its interval: "1.46x [1.43, 1.49]"."""
+    value, interval = speed_up
+    return f"{value:.2f}x" if interval is None else f"{value:.2f}x [{interval[0]:.2f}, {interval[1]:.2f}]"
+
+
 def _three_digits(value: float) -> str:
     return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
@@ -55,8 +65,8 @@ COLUMNS = (
         "",
         "Share of the image tokens that each stage keeps. Methods with stages of their own are set so that they cost "
         "as many multiply-adds.",
-        lambda row: row.keep_rate,
-        "{:g}".format,
+        lambda row: row.setting if row.keep_rate is None else row.keep_rate,
+        lambda value: value if isinstance(value, str) else f"{value:g}",
     ),
     Column("GMACs", "", "Billions of multiply-adds per image.", lambda row: row.gmacs, "{:.3f}".format),
     Column(
@@ -70,17 +80,18 @@ COLUMNS = (
     Column(
         "images/s",
         "",
-        "Images per second at the trial's batch size, median over the rounds.",
+        "Images per second at the trial's batch size: the unpatched model's, times the speed-up.",
         lambda row: row.images_per_second,
         _three_digits,
         better=1,
     ),
     Column(
-        "speed-up",
+        "speed-up [95 %]",
         "",
-        "Time of the unpatched model, divided by the time of this one; both measured in turns, median over the rounds.",
-        lambda row: row.speed_up,
-        "{:.2f}x".format,
+        "Time of the unpatched model, divided by the time of this one; both measured in turns, median over the "
+        "rounds, and its 95 % confidence interval.",
+        _speed_up,
+        format_speed_up,
         better=1,
     ),
     Column(
