@@ -197,10 +197,11 @@ def training_images(args: argparse.Namespace, config: dict[str, Any], num_classe
         options = {"class_map": str(args.class_map)} if args.class_map else {}
         try:
             images = create_dataset(
-                args.dataset, root=str(args.data), split=args.train_split, input_img_mode=mode, **options
+                args.dataset, root=str(args.data), split=args.train_split or "train", input_img_mode=mode, **options
             )
         except Exception as error:  # timm and the libraries below it raise classes of every kind
-            raise DataError(f"--data {args.data}, --train-split {args.train_split}: {error}") from error
+            split = args.train_split or "train"
+            raise DataError(f"--data {args.data}, --train-split {split}: {error}") from error
         crop_scale, ratio = args.crop_scale or 0.08, (3 / 4, 4 / 3)
         color_jitter = 0.4 if args.color_jitter is None else args.color_jitter or None
     if isinstance(images, IterableDataset):
@@ -221,11 +222,15 @@ def training_images(args: argparse.Namespace, config: dict[str, Any], num_classe
 
 def evaluation_images(args: argparse.Namespace, config: dict[str, Any], num_classes: int, device: torch.device) -> Data:
     """Return this process's part of the test images, or of the training images behind the first --images."""
+    split = args.eval_split
+    if args.held_out:
+        named = args.dataset or has_idx_files(args.data) or (args.data / "train").is_dir()
+        split = args.train_split or ("train" if named else None)
     data = open_data(
         args.data,
         config,
         dataset=args.dataset,
-        split=args.train_split if args.held_out else args.eval_split,
+        split=split,
         class_map=args.class_map,
         num_classes=num_classes,
         num_images=None if args.held_out else args.eval_images,
@@ -705,8 +710,8 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("images")
     group.add_argument("--data", type=Path, required=True, help="folder of images or of Fashion-MNIST's IDX files")
     group.add_argument("--dataset", default="", help="name of a data set as timm's create_dataset takes it")
-    group.add_argument("--train-split", default="train")
-    group.add_argument("--eval-split", default="validation")
+    group.add_argument("--train-split", help="default: train")
+    group.add_argument("--eval-split", help="default: validation, if there are splits")
     group.add_argument("--class-map", type=Path, help="one folder name a line, in the order of the model's classes")
     group.add_argument("--images", type=int, help="train on the first so many")
     group.add_argument("--held-out", action="store_true", help="evaluate on the training images behind these")

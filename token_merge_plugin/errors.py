@@ -40,6 +40,11 @@ def first_few(names: Sequence[str], few: int = 3) -> str:
     return ", ".join(names[:few]) + (f" and {len(names) - few} more" if len(names) > few else "")
 
 
-def counted(number: int, thing: str) -> str:
+def counted(number: int, thing: str, things: str | None = None) -> str:
     """Return, for example, "1 image" or "1,000 images"."""
-    return f"{number:,} {thing}{'' if number == 1 else 's'}"
+    return f"{number:,} {thing if number == 1 else things or thing + 's'}"
+
+
+def how_to_install(package: str, extra: str) -> str:
+    """Return what to type for a package that an extra brings."""
+    return f'Run: pip install {package}. Or, in a clone of the repository: pip install -e ".[{extra}]".'

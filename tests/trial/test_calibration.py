@@ -67,6 +67,31 @@ def test_the_same_seed_gives_the_same_schedule_and_the_model_is_left_as_it_was()
     assert all(module.training for module in model.modules())
 
 
+@pytest.mark.parametrize("budget", ["compute", "latency"])
+def test_an_interrupted_calibration_goes_on_to_the_same_schedule(budget, tmp_path, monkeypatch):
+    model, x, log = make(), images(), tmp_path / "log.jsonl"
+    whole, calls = Unpatched.distances, []
+
+    def distances(self):
+        calls.append(1)
+        if len(calls) == 10:
+            raise KeyboardInterrupt
+        return whole(self)
+
+    def calibrated():
+        return calibrate(model, x, 0.8, budget=budget, log=log, **FAST)
+
+    monkeypatch.setattr(Unpatched, "distances", distances)
+    with pytest.raises(KeyboardInterrupt):
+        calibrated()
+    found = calibrated()
+    done = len(calls)
+    assert calibrated() == found
+    assert len(calls) == done  # everything was in the log, times as well
+    with pytest.raises(ConfigError, match="other work: it differs in asked"):
+        calibrate(model, x, 0.7, budget=budget, log=log, **FAST)
+
+
 @pytest.mark.parametrize("kind", ["PiT", "CaiT", "Swin"])
 def test_every_kind_of_section_can_be_calibrated(kind):
     model, x = make(kind), images(kind)

@@ -54,7 +54,7 @@ def add_data_options(parser: Any) -> None:
     group = parser.add_argument_group("images (default: the built-in ones)")
     group.add_argument("--data", type=Path, metavar="FOLDER", help="images, in one folder a class or in none")
     group.add_argument("--dataset", default="", metavar="NAME", help="hfds/NAME, torch/NAME or wds/, as timm has them")
-    group.add_argument("--split", default="validation", metavar="NAME")
+    group.add_argument("--split", metavar="NAME", help="default: validation, if there are splits")
     group.add_argument("--class-map", type=Path, metavar="FILE", help="one folder name a line, in the classes' order")
     group.add_argument("--input-key", metavar="KEY", help="field of the image in hfds/ and wds/")
     group.add_argument("--target-key", metavar="KEY", help="field of the label in hfds/ and wds/")
@@ -185,7 +185,7 @@ def asked_settings(args: argparse.Namespace, model: nn.Module) -> tuple[list[Mer
 
 
 def _refuse_beside_config(args: argparse.Namespace, given: Iterable[str]) -> None:
-    names = [f"--{name.replace('_', '-').removesuffix('s') if name == 'keep_rates' else name}" for name in given]
+    names = ["--keep-rate" if name.startswith("keep_rate") else f"--{name}" for name in given]
     if names:
         raise ConfigError(f"--config {args.config} says all of it: leave {' and '.join(names)} out, or leave it out.")
 

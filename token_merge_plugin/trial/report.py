@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image
 
-from token_merge_plugin.errors import MissingExtraError
+from token_merge_plugin.errors import MissingExtraError, how_to_install
 from token_merge_plugin.trial.drawing import Picture, scaled, stage_caption
 from token_merge_plugin.trial.judging import TOLERANCES, best_row, loss, measure_of, verdict
 from token_merge_plugin.trial.results import TrialResult, TrialRow, patched
@@ -85,7 +85,7 @@ def require_charts() -> None:
         import matplotlib.figure  # noqa: F401
     except ImportError as error:
         raise MissingExtraError(
-            'Charts need matplotlib, which is not installed. Run: pip install "token-merge-plugin[charts]"'
+            f"Charts need matplotlib, which is not installed. {how_to_install('matplotlib', 'charts')}"
         ) from error
 
 

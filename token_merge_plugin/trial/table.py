@@ -185,9 +185,9 @@ COLUMNS = (
         better=-1,
     ),
     Column(
-        "latency speed-up",
+        "at batch 1",
         "",
-        "Latency of the unpatched model, divided by the latency of this one.",
+        "Speed-up at batch size 1: latency of the unpatched model, divided by the latency of this one.",
         lambda row: row.latency_speed_up,
         "{:.2f}x".format,
         better=1,
