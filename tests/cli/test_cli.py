@@ -1,8 +1,11 @@
 """The command `token-merge`, as a user runs it."""
 
+import csv
 import json
 import shlex
+import subprocess
 import sys
+import warnings
 
 import pytest
 import timm
@@ -287,14 +290,37 @@ def test_evaluate_under_torchrun_gives_what_one_process_gives(tmp_path):
         assert [row[k] for k in ("top1", "top5", "agreement")] == [other[k] for k in ("top1", "top5", "agreement")]
 
 
-def test_bench_times_every_batch_size(capsys):
+def test_bench_times_every_batch_size(tmp_path, capsys):
     arguments = ["--model", "test_vit", "--no-pretrained", "--keep-rates", "0.5", "--batch-sizes", "1", "3"]
-    assert main(["bench", "-q", *arguments, "--rounds", "1"]) == 0
+    files = ["--json", str(tmp_path / "b.json"), "--csv", str(tmp_path / "b.csv")]
+    assert main(["bench", "-q", *arguments, "--rounds", "1", *files]) == 0
     output = capsys.readouterr().out
+    one, three = (from_json(json.dumps(values)) for values in json.loads((tmp_path / "b.json").read_text()))
+    assert (one.batch_size, three.batch_size, one.model, one.trained) == (1, 3, "test_vit", False)
+    lines = list(csv.DictReader((tmp_path / "b.csv").open()))
+    assert [line["batch_size"] for line in lines] == ["1", "1", "3", "3"]
+    assert float(lines[3]["speed_up"]) == three.rows[1].speed_up
     assert "batch 1\n" in output
     assert "batch 3\n" in output
     assert "speed-up" in output
     assert "top-1" not in output
+
+
+@pytest.mark.parametrize("command", ["trial", "bench"])
+def test_compiled_models_are_timed_on_request(command, monkeypatch, tmp_path):
+    seen = []
+
+    def timed(model, configs, images, *, compiled, **_):
+        seen.append(compiled)
+        return [[1.0] * 3 for _ in configs]
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("token_merge_plugin.trial.speed.time_in_turns", timed)
+    images = ["--num-images", "2", "--workers", "0"] if command == "trial" else ["--batch-sizes", "1"]
+    for option in ([], ["--compile"]):
+        assert main([command, "-q", "--keep-rate", "0.5", *images, *option, "--json", "r.json"]) == 0
+    assert seen == [False, False, True, True]
+    assert '"compiled": true' in (tmp_path / "r.json").read_text()
 
 
 def test_calibrate_writes_a_config_for_the_other_commands(photos, tmp_path, monkeypatch, capsys):
@@ -398,6 +424,45 @@ def test_list_prints_names_for_scripts(capsys):
     assert names == token_merge_plugin.supported_models()
 
 
+def test_list_ends_quietly_when_nobody_reads_on():
+    command = [sys.executable, "-m", "token_merge_plugin", "list", "--names"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        process.stdout.close()
+        assert process.stderr.read() == ""
+    assert process.returncode == 141
+
+
+def test_under_torchrun_a_trial_runs_once_in_the_first_process(monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr("token_merge_plugin.cli.options.load_model", lambda *args, **kwargs: pytest.fail("It runs."))
+    assert main(["trial"]) == 0
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(pytest.fail.Exception, match="It runs"):
+        main(["trial"])
+
+
+def test_run_leaves_the_warnings_of_a_script_alone(tmp_path, capsys):
+    script = tmp_path / "script.py"
+    script.write_text("import warnings\nwarnings.warn('the script is old')\n")
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        warnings.showwarning = lambda message, category, file, line, *_: print(f"{file}:{line}: {message}")
+        assert main(["run", str(script)]) == 0
+    output, errors = capsys.readouterr()
+    assert output == f"{script}:2: the script is old\n"
+    assert errors.startswith("token-merge: no model was patched")
+
+
+def test_run_is_strict_on_request(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text("")
+    assert main(["run", str(script)]) == 0
+    with pytest.raises(SystemExit) as stop:
+        main(["run", "--strict", str(script)])
+    assert stop.value.code == 1
+
+
 def test_run_patches_the_models_of_a_script(tmp_path, capsys):
     script = tmp_path / "script.py"
     script.write_text(
@@ -435,6 +500,7 @@ def test_the_environment_does_not_patch_the_unpatched_model(tmp_path, capsys):
         (["trial", "--model", "test_vit", "--no-pretrained"], "give --data"),
         (["trial", "--html", "missing/report.html"], "no folder missing"),
         (["trial", "--stages", "3,99"], "99 does not exist"),
+        (["bench", "--model", "test_vit", "--no-pretrained", "--img-size", "7"], "does not take images [3, 7, 7]"),
         (["evaluate", "--method", "evit", "--r", "3"], "option of method 'tome'"),
         (["show", "missing.jpg"], "missing.jpg"),
         (["run", "missing.py"], "missing.py"),
@@ -454,6 +520,7 @@ def test_bad_input_is_explained_and_exits_with_2(arguments, message, tmp_path, m
     [
         [],
         ["trial", "--batch-size", "0"],
+        ["trial", "--workers", "-1"],
         ["trial", "--device", "nowhere"],
         ["trial", "--methods", "magic"],
         ["evaluate", "--keep-rate", "much"],
@@ -466,6 +533,15 @@ def test_options_that_cannot_be_read_exit_with_2(arguments, capsys):
         main(arguments)
     assert stop.value.code == 2
     assert "usage: token-merge" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("option", "value"), [("--keep-rate", "much"), ("--stages", "first"), ("--workers", "-1")])
+def test_an_option_that_cannot_be_read_is_named_and_what_it_takes(option, value, capsys):
+    with pytest.raises(SystemExit):
+        main(["evaluate", option, value])
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert f"argument {option}: {value!r} " in error
+    assert "_" not in error
 
 
 def test_verbose_shows_the_traceback_of_an_error(capsys):

@@ -15,7 +15,7 @@ from PIL import Image
 from timm.data import create_dataset, create_loader, resolve_data_config
 from timm.models import save_for_hf
 
-from token_merge_plugin import ConfigError, DataError
+from token_merge_plugin import ConfigError, DataError, UnsupportedModelError
 from token_merge_plugin.builtin import create_reference_model, load_images
 from token_merge_plugin.errors import MissingExtraError
 from token_merge_plugin.trial.data import open_data
@@ -125,12 +125,26 @@ def test_the_built_in_model_takes_other_weights(tmp_path):
         ("deit_smal_patch16_224", "deit_small_patch16_224"),
         ("test_vit.nowhere_in1k", "r160_in1k"),
         ("timm/test_vit", "hf-hub:timm/test_vit"),
-        ("xyzzy", "token-merge list"),
+        ("xyzzy", "token-merge list --names"),
     ],
 )
 def test_an_unknown_name_is_refused_with_names_like_it(name, message):
     with pytest.raises(ConfigError, match=message):
         load_model(name)
+
+
+@pytest.mark.parametrize("name", ["resnet18.a1_in1k", "local-dir:{}"])
+def test_a_model_that_is_not_served_is_refused_before_its_weights_are_had(name, monkeypatch, tmp_path):
+    def no_weights(*args, **kwargs):
+        raise AssertionError("The weights are asked for.")
+
+    save_for_hf(timm.create_model("test_resnet"), str(tmp_path))
+    monkeypatch.setattr("timm.models._builder.load_pretrained", no_weights)
+    with pytest.raises(UnsupportedModelError, match="ResNet is no model that is served"):
+        load_model(name.format(tmp_path))
+    (tmp_path / "weights.pth").write_text("which are not read")
+    with pytest.raises(UnsupportedModelError, match="ResNet is no model that is served"):
+        load_model("test_resnet", checkpoint=tmp_path / "weights.pth")
 
 
 def test_a_model_that_cannot_be_built_is_refused():

@@ -235,12 +235,12 @@ def test_processes_add_their_errors_up(monkeypatch, head):
         parts.append(part)
 
     def all_gather_object(received, _):
-        received[:] = [(dict(part.counts), [], len(part.data)) for part in parts]
+        received[:] = [(dict(part.counts), [], len(part.data), False) for part in parts]
 
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
     monkeypatch.setattr(torch.distributed, "all_gather_object", all_gather_object)
-    parts[0].gather()
+    assert not parts[0].gather(interrupted=False)
     for name in ERRORS:
         assert parts[0].fields("merge")[name] == pytest.approx(getattr(whole, name), rel=1e-5)
 

@@ -16,7 +16,7 @@ from token_merge_plugin.cli.options import (
 from token_merge_plugin.errors import DataError
 from token_merge_plugin.trial.data import open_data
 from token_merge_plugin.trial.drawing import Picture, contact_sheet, picture_stages
-from token_merge_plugin.trial.measuring import plan
+from token_merge_plugin.trial.measuring import check_images, plan
 from token_merge_plugin.trial.models import data_config
 from token_merge_plugin.trial.tracing import trace
 
@@ -42,8 +42,9 @@ def _show(args: argparse.Namespace) -> int:
     check_outputs(args.output)
     model = load(args)
     data = open_data(args.image, data_config(model, img_size=args.img_size), workers=0, device=args.device)
-    plan(model, asked_config(args, model))
     batch, drawn = next(iter(data)), data.picture(int(data.indices[0]))
+    check_images(model, batch.images)
+    plan(model, asked_config(args, model))
     stages = trace(model, batch.images)
     try:
         contact_sheet([Picture(drawn, args.image.name, picture_stages(drawn, stages))]).save(args.output)

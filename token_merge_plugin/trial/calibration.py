@@ -18,14 +18,14 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from token_merge_plugin.config import MergeConfig
-from token_merge_plugin.errors import ConfigError, DataError, first_line
+from token_merge_plugin.errors import ConfigError, counted
 from token_merge_plugin.patching import apply, remove, stage_choices
 from token_merge_plugin.trial.budgets import WORK, Budget, scheduled
 from token_merge_plugin.trial.dense import Head, describe_head, evaluating_head
 from token_merge_plugin.trial.distances import Unpatched, paired_difference
 from token_merge_plugin.trial.images import AnyImages, collect_images
 from token_merge_plugin.trial.journal import Journal
-from token_merge_plugin.trial.measuring import device_of, evaluating
+from token_merge_plugin.trial.measuring import check_images, device_of, evaluating
 from token_merge_plugin.trial.schedules import PROBES, Shape, by_number, cheapest, moved, powers, regular
 
 # Standard errors that make a 95 % confidence interval.
@@ -66,7 +66,7 @@ class Calibration:
     def __str__(self) -> str:
         reached = (
             f"{self.left:.3f} of the {WORK[self.budget]} are left.\n"
-            f"Distance to the unpatched model ({self.measure}, mean of the {self.images} images given): "
+            f"Distance to the unpatched model ({self.measure}, mean of the {counted(self.images, 'image')} given): "
             f"{self.distance:.4f}; "
         )
         if self.difference is None:
@@ -137,7 +137,7 @@ def calibrate(
     with evaluating(model), evaluating_head(head), torch.inference_mode():
         try:
             first = batches[0].to(device_of(model))
-            _check_images(model, first[:1])
+            check_images(model, first[:1])
             about = {
                 "model": type(model).__name__,
                 "parameters": sum(p.detach().double().sum().item() for p in model.parameters()),
@@ -169,19 +169,6 @@ def _check_request(target: object, budget: object, **numbers: object) -> None:
             continue
         if not isinstance(number, Integral) or isinstance(number, bool) or number < least:
             raise ConfigError(f"{name}={number!r} is not a whole number of at least {least}.")
-
-
-def _check_images(model: nn.Module, image: Tensor) -> None:
-    """Refuse images that the unpatched model does not take: of another size, number of channels or dtype."""
-    try:
-        model(image)
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:  # every model has its own
-        raise DataError(
-            f"{type(model).__name__}, unpatched, does not take images {list(image.shape[1:])} of {image.dtype}: "
-            f"{first_line(error).rstrip('.')}. Prepare them as timm.data.resolve_model_data_config says for the model."
-        ) from error
 
 
 class _Measured(NamedTuple):

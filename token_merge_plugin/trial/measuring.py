@@ -47,6 +47,30 @@ def device_of(model: nn.Module) -> torch.device:
     return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
 
 
+@torch.inference_mode()
+def check_images(model: nn.Module, image: Tensor) -> None:
+    """Refuse images that the unpatched model does not take: of another size, number of channels or dtype.
+
+    Args:
+        model: unpatched, in eval mode.
+        image: [1, C, H, W].
+
+    Raises:
+        DataError: it does not take this one.
+    """
+    try:
+        model(image)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # every model has its own
+        name = type(model).__name__
+        raise DataError(
+            f"{name}, unpatched, does not take images {list(image.shape[1:])} of {image.dtype}: "
+            f"{first_line(error).rstrip('.')}. Choose another --img-size; in Python, prepare them as "
+            "timm.data.resolve_model_data_config says for the model."
+        ) from error
+
+
 def halved(batch_size: int) -> int:
     """Return half of a batch size, with which memory ran out, and say so.
 

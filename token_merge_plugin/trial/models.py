@@ -1,6 +1,7 @@
 """Models for a trial, through timm's own functions, as its validate.py creates them and asks them for their images."""
 
 import difflib
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from token_merge_plugin.builtin import CLASSES, MEAN, STD, create_reference_model
 from token_merge_plugin.config import MergeConfig
 from token_merge_plugin.errors import ConfigError, DataError, first_few, first_line
+from token_merge_plugin.patching import apply
 from token_merge_plugin.trial.fusion import CONFIG_KEY, PART, Trained, remember
 
 
@@ -49,6 +51,7 @@ def load_model(
 
     Raises:
         ConfigError: there is no such model, or it cannot be built with these options.
+        UnsupportedModelError: no adapter serves the model, so its weights were neither downloaded nor read.
         DataError: the weights cannot be had, or the checkpoint is missing, damaged or does not fit.
     """
     options: dict[str, Any] = {"num_classes": num_classes, "img_size": img_size, "in_chans": in_chans}
@@ -60,7 +63,7 @@ def load_model(
             raise ConfigError("The built-in model is complete as it is. Name another one with --model.")
         model = _reference_model(pretrained)
     else:
-        model = _timm_model(name, pretrained, **options)
+        model = _timm_model(name, pretrained, pretrained or checkpoint is not None, **options)
     if checkpoint is not None:
         try:
             _load_checkpoint(model, checkpoint, use_ema)
@@ -87,8 +90,10 @@ def _load_checkpoint(model: nn.Module, checkpoint: str | Path, use_ema: bool) ->
         remember(model, Trained(fusion, config))
 
 
-def _timm_model(name: str, pretrained: bool, **options: Any) -> nn.Module:
+def _timm_model(name: str, pretrained: bool, read: bool, **options: Any) -> nn.Module:
     _check_name(name, pretrained)
+    if read:
+        _check_served(name, options)
     try:
         if options["img_size"] is not None:  # only models that are built for one size take the argument
             options["img_size"] = resolve_model_input_args(name, {"img_size": options["img_size"]}).get("img_size")
@@ -122,8 +127,10 @@ def _check_name(name: str, pretrained: bool) -> None:
     architecture, tag = split_model_name_tag(identifier)
     if not timm.is_model(architecture):
         close = difflib.get_close_matches(architecture, timm.list_models(), n=5)
-        advice = f"Similar names: {', '.join(close)}." if close else "`token-merge list --all` names those served."
-        raise ConfigError(f"timm has no model {architecture!r}. {advice}")
+        similar = f"Similar names: {', '.join(close)}. " if close else ""
+        raise ConfigError(
+            f"timm has no model {architecture!r}. {similar}`token-merge list --names` lists all that are served."
+        )
     try:
         config = get_pretrained_cfg(identifier)
     except RuntimeError as error:
@@ -131,6 +138,17 @@ def _check_name(name: str, pretrained: bool) -> None:
         raise ConfigError(f"There are no weights {tag!r} for {architecture}. Those it has: {known}.") from error
     if pretrained and config is not None and not config.has_weights:
         raise DataError(f"timm has no pretrained weights for {name}. {_weights_advice()}")
+
+
+def _check_served(name: str, options: Mapping[str, Any]) -> None:
+    """Refuse a model that cannot be patched before its weights are downloaded or read; see `load_model`."""
+    try:
+        with torch.device("meta"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # they come again when it is built
+            model = timm.create_model(name, pretrained=False, **options)
+    except Exception:  # what is wrong is said when it is built, if it is not that it cannot be without numbers
+        return
+    apply(model, 1.0)
 
 
 def _weights_advice() -> str:

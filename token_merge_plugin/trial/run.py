@@ -29,7 +29,7 @@ from token_merge_plugin.trial.dense import Head, check_head, describe_head
 from token_merge_plugin.trial.fusion import remember
 from token_merge_plugin.trial.images import Images
 from token_merge_plugin.trial.journal import Journal
-from token_merge_plugin.trial.measuring import evaluating, plan
+from token_merge_plugin.trial.measuring import check_images, evaluating, plan
 from token_merge_plugin.trial.results import UNPATCHED, TrialResult, TrialRow
 from token_merge_plugin.trial.speed import Speed
 
@@ -115,7 +115,8 @@ def run_trial(
     remember(model)
     with evaluating(model), _unpatched_at_the_end(model):
         with _autocast(batch.device, dtype):
-            check_head(remove(model), head, batch[:1])
+            check_images(remove(model), batch[:1])
+            check_head(model, head, batch[:1])
         contenders, refused = _contenders(model, batch[:1], configs, methods, progress)
         about = _about(model, data, contenders, head, name, batch.device, dtype)
         speed, comparison = Speed(model, batch, rounds, seconds, compiled), Comparison(model, data, head)
@@ -157,7 +158,8 @@ def evaluate(
     comparison = Comparison(model, data, head)
     with evaluating(model), _unpatched_at_the_end(model):
         with _autocast(image.device, dtype):
-            check_head(remove(model), head, image)
+            check_images(remove(model), image)
+            check_head(model, head, image)
         contenders = [
             Contender(UNPATCHED, None, None, count_macs(remove(model), image)),
             Contender(config.method, name_of(config), config, count_macs(plan(model, config), image)),
