@@ -117,6 +117,7 @@ def install(keep_rate: KeepRate | MergeConfig = 0.7, **options: Any) -> None:
 
 def uninstall() -> None:
     """Undo `install`: timm is as it was. Models that were patched stay so. Without effect if nothing is installed."""
+    atexit.unregister(_say_at_exit)
     _set(None)
 
 
@@ -196,9 +197,8 @@ def install_from_environment(timm_module: ModuleType | None = None) -> None:
 
 
 def _say_at_exit(installation: Installation) -> None:
-    """Tell what was patched: unless it was put out of force, or is that of a worker process, which made no model."""
-    is_main = multiprocessing.parent_process() is None and _installed is installation
-    if is_main or installation.patched or installation.unpatched:
+    """Tell what was patched; but not for a worker process of the program that made no model."""
+    if multiprocessing.parent_process() is None or installation.patched or installation.unpatched:
         print(f"token-merge: {installation.summary()}", file=sys.stderr)
 
 

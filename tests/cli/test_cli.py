@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import shlex
 import subprocess
 import sys
@@ -71,6 +72,10 @@ def test_a_trial_of_the_built_in_model_writes_everything_that_is_asked_for(tmp_p
     ]
     assert result.command.startswith("token-merge trial --keep-rates 0.7 0.5")
     assert (tmp_path / "result.csv").read_text().count("\n") == 6
+    assert main(["report", "result.json", "--png", "again.png"]) == 0
+    assert (tmp_path / "again.png").read_bytes() == (tmp_path / "result.png").read_bytes()
+    assert main(["report", "result.csv"]) == 2
+    assert "not the JSON of a trial's result" in capsys.readouterr().err
     page = (tmp_path / "result.html").read_text()
     assert page.count("data:image/") >= 12
     assert (tmp_path / "result.png").read_bytes().startswith(b"\x89PNG")
@@ -390,6 +395,8 @@ def test_calibrate_replaces_no_file_of_others_without_being_told_to(
         ["evaluate", "--json"],
         ["calibrate", "--output"],
         ["show", "image.png", "--output"],
+        ["report", "results.json", "--html"],
+        ["bench", "--csv"],
     ],
 )
 @pytest.mark.parametrize(("path", "reason"), [("missing/file", "no folder missing"), ("folder", "it is a folder")])
@@ -408,9 +415,11 @@ def test_show_draws_every_stage(photos, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     image = "photos/class1/1.png"
     assert main(["show", image, "--output", "tokens.png", "--keep-rate", "0.5", *photos[:6], "--device", "cpu"]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 4
+    about, predicted, *lines = capsys.readouterr().out.splitlines()
+    assert about == "test_vit, method merge, keep rate 0.5"
+    assert re.fullmatch(r"Prediction: class [01] \(\d+%\) unpatched, class [01] \(\d+%\) patched\.", predicted)
     assert lines[0].endswith("of 100 tokens")
+    assert all(line.startswith("block ") for line in lines[:-1])
     assert Image.open("tokens.png").width > 4 * 100
     assert main(["show", image, "--output", "missing/tokens.png", *photos[:6]]) == 2
     assert "cannot be written" in capsys.readouterr().err
@@ -564,7 +573,7 @@ def test_the_version_is_the_packages(capsys):
     assert capsys.readouterr().out.strip() == token_merge_plugin.__version__
 
 
-@pytest.mark.parametrize("command", ["trial", "evaluate", "calibrate", "bench", "show", "list", "run"])
+@pytest.mark.parametrize("command", ["trial", "evaluate", "report", "calibrate", "bench", "show", "list", "run"])
 def test_every_command_explains_itself_with_an_example(command, capsys):
     with pytest.raises(SystemExit) as stop:
         main([command, "--help"])

@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import html
 import io
 import json
 import os
@@ -11,14 +12,25 @@ import sys
 
 import numpy as np
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 
-from token_merge_plugin import DataError, TokenMergeError
+import token_merge_plugin
+from token_merge_plugin import DataError, MergeConfig, TokenMergeError
 from token_merge_plugin.config import METHODS
 from token_merge_plugin.errors import MissingExtraError
 from token_merge_plugin.trial.drawing import Picture, StagePicture, draw_stage
-from token_merge_plugin.trial.judging import best_row, verdict
-from token_merge_plugin.trial.report import SERIES, image_uri, require_charts, write_html, write_png
+from token_merge_plugin.trial.judging import best_row, caveats, verdict
+from token_merge_plugin.trial.report import (
+    SERIES,
+    _chart,
+    _own_style,
+    _points,
+    image_uri,
+    require_charts,
+    write_html,
+    write_png,
+)
 from token_merge_plugin.trial.results import TrialResult, TrialRow, from_json, to_csv, to_json
 from token_merge_plugin.trial.table import format_table
 
@@ -625,7 +637,7 @@ def browser():
 @pytest.fixture
 def open_page(browser, page):
     """Opens the report with options of the browser, and holds it to having no errors and asking for no other file."""
-    complaints, requests, contexts = [], [], []
+    complaints, requests, contexts, opened_pages = [], [], [], set()
 
     def opened(path=page, **options):
         contexts.append(browser.new_context(**options))
@@ -633,6 +645,7 @@ def open_page(browser, page):
         tab.on("console", lambda message: complaints.append(message.text))
         tab.on("pageerror", lambda error: complaints.append(str(error)))
         tab.on("request", lambda request: requests.append(request.url))
+        opened_pages.add(path.as_uri())
         tab.goto(path.as_uri())
         return tab
 
@@ -640,7 +653,7 @@ def open_page(browser, page):
     for context in contexts:
         context.close()
     assert complaints == []
-    assert {url for url in requests if not url.startswith("data:")} == {page.as_uri()}
+    assert {url for url in requests if not url.startswith("data:")} == opened_pages
 
 
 def test_the_browser_shows_the_verdict_as_the_headline(open_page):
@@ -648,7 +661,58 @@ def test_the_browser_shows_the_verdict_as_the_headline(open_page):
     headline = tab.get_by_role("heading", level=1)
     assert headline.inner_text() == verdict(full_result())
     assert headline.is_visible()
+    assert not tab.locator(".caveat").count()
     assert tab.title() == "Token merging: vit_small_patch16_224"
+
+
+def test_the_headline_is_one_sentence_with_the_caveats_under_it(tmp_path):
+    result = result_of(row(), images=50, total_images=90, warnings=("Labels may be wrong.",))
+    write_html(result, [], tmp_path / "report.html")
+    text = (tmp_path / "report.html").read_text()
+    assert '<h1 id="verdict">Keep rate 0.7 keeps 99.8 % of the accuracy at 1.50x the speed.</h1>' in text
+    shown = re.findall(r'<p class="caveat">(.*)</p>', text)
+    assert shown == caveats(result)
+    assert shown[1:] == ["Labels may be wrong.", "50 images are too few to be sure."]
+
+
+def test_the_report_says_what_to_do_next_and_how_it_was_measured(tmp_path):
+    measured = {"date": "2026-01-31", "rounds": 20, "checkpoint": "mine.pth", "compiled": True}
+    write_html(result_of(row(config='{"keep_rate": 0.5}', keep_rate=0.5), **measured), [], tmp_path / "report.html")
+    text = (tmp_path / "report.html").read_text()
+    assert "token_merge_plugin.apply(model, 0.5)" in text
+    assert "token-merge run --keep-rate 0.5 your_script.py" in text
+    for fact in ("2026-01-31", "at most 20 rounds", "mine.pth", "of compiled models", "up to 0.5 points of top-1"):
+        assert fact in text
+    assert "<strong>1.50x</strong> <span>at batch size 1</span>" in text
+    config = MergeConfig({2: 0.7, 5: 0.5})
+    setting = dataclasses.replace(row(), keep_rate=None, setting="0.7, 0.5", config=config.to_json())
+    write_html(result_of(setting), [], tmp_path / "report.html")
+    code = html.unescape((tmp_path / "report.html").read_text()).split("<pre><code>")
+    applied, environment = (part.split("</code>")[0] for part in code[1:3])
+    argument = applied.splitlines()[-1].removeprefix("token_merge_plugin.apply(model, ").removesuffix(")")
+    given = eval(argument, {"token_merge_plugin": token_merge_plugin})
+    assert given.schedule(6) == config.schedule(6)
+    assert environment.startswith("TOKEN_MERGE_OPTIONS='{")
+    write_html(result_of(row(difference=-0.1)), [], tmp_path / "report.html")
+    assert "What to do next" not in (tmp_path / "report.html").read_text()
+
+
+def test_labels_of_the_chart_cover_no_point_and_no_other_label():
+    close = [row(0.9 - number / 50, speed_up=1.3 + number / 200, difference=-0.001) for number in range(8)]
+    for result in (full_result(), result_of(*close)):
+        with _own_style():
+            figure = _chart(result, (760, 430))
+            renderer = FigureCanvasAgg(figure).get_renderer()
+            figure.draw_without_rendering()
+            (axes,) = figure.axes
+            boxes = [text.get_window_extent(renderer) for text in axes.texts]
+            places = axes.transData.transform(
+                [(p.speed_up, p.difference) for series in _points(result).values() for p in series]
+            )
+        assert boxes
+        for index, box in enumerate(boxes):
+            assert not box.count_overlaps(boxes[:index] + boxes[index + 1 :])
+            assert not any(box.contains(*place) for place in places)
 
 
 def test_the_browser_shows_a_series_for_each_method(open_page):
@@ -658,9 +722,20 @@ def test_the_browser_shows_a_series_for_each_method(open_page):
         assert tab.locator(f"#series-{method} use").count() == 3  # a marker for each keep rate
         assert tab.locator("#chart-heading ~ .chart .wide text", has_text=re.compile(f"^{method}$")).is_visible()
     assert tab.locator("#unpatched").is_visible()
+    assert tab.locator("#series-tome use title").all_text_contents()[1].startswith("tome, keep rate 0.7: 1.31x, -0.18 ")
     chart = tab.get_by_role("img", name=verdict(full_result()))
     assert chart.count() == 1  # the narrow one is hidden
     assert "Method tome: keep rate" in chart.locator("desc").text_content()
+
+
+def test_the_browser_folds_away_all_but_four_pictures(open_page, tmp_path, pictures):
+    path = tmp_path / "report.html"
+    write_html(full_result(), pictures[:6], path)
+    tab = open_page(path)
+    shown = tab.locator("article.picture")
+    assert [shown.nth(number).is_visible() for number in range(6)] == [True] * 4 + [False] * 2
+    tab.get_by_text("2 more").click()
+    assert shown.nth(5).is_visible()
 
 
 def test_the_browser_shows_every_picture(open_page):
@@ -676,19 +751,20 @@ def test_the_browser_shows_every_picture(open_page):
 
 def test_the_browser_shows_the_numbers_with_the_recommended_row_and_the_best_marked(open_page):
     tab = open_page()
-    rows = tab.get_by_role("row")
-    assert rows.count() == 1 + 1 + 21
+    tables = tab.get_by_role("table")
+    assert tables.count() == 2
+    assert [tables.nth(number).get_by_role("row").count() for number in range(2)] == [1 + 1 + 21] * 2
     best = best_row(full_result())
-    recommended = rows.filter(has_text="recommended")
-    assert recommended.count() == 1
-    assert recommended.locator("td").first.inner_text() == f"{best.keep_rate:g}"
-    speed_up = tab.locator("thead th").all_inner_texts().index("speed-up")
-    columns = tab.locator(f"tbody tr > :nth-child({speed_up + 1})")
+    recommended = tab.get_by_role("row").filter(has_text="recommended")
+    assert recommended.count() == 2
+    assert recommended.first.locator("td").first.inner_text() == f"{best.keep_rate:g}"
+    titles = [text.split("\n")[0] for text in tab.locator("thead th").all_inner_texts()]
+    assert titles[:5] == ["method", "keep rate", "speed-up [95 %]", "at batch 1", "difference [95 %]"]
+    columns = tables.first.locator("tbody tr > :nth-child(3)")
     marked = columns.evaluate_all("all => all.map(cell => cell.className == 'best')")
     assert marked == [False] + [*[False] * 6, True] * 3  # "random" is the fastest at each keep rate
-    assert tab.locator(".glossary dt").all_inner_texts() == [
-        text.split("\n")[0] for text in tab.locator("thead th").all_inner_texts()
-    ]
+    second = titles.index("method", 1)
+    assert tab.locator(".glossary dt").all_inner_texts() == titles[:second] + titles[second + 2 :]
 
 
 def test_the_browser_shows_what_was_refused_unreadable_and_how_to_run_it_again(open_page):
@@ -699,12 +775,16 @@ def test_the_browser_shows_what_was_refused_unreadable_and_how_to_run_it_again(o
     assert tab.get_by_text("torch 2.15.0, timm 1.0.31").is_visible()
 
 
-@pytest.mark.parametrize("width", [320, 375, 768])
-def test_nothing_but_the_table_is_wider_than_a_narrow_screen(open_page, width):
+@pytest.mark.parametrize("width", [320, 390, 768, 1280])
+def test_nothing_is_wider_than_the_screen_nor_cut_off(open_page, width):
     tab = open_page(viewport={"width": width, "height": 800})
     assert tab.evaluate("document.documentElement.scrollWidth") == width
-    table = tab.get_by_role("region", name="The table of all numbers")
-    assert table.evaluate("region => region.scrollWidth > region.clientWidth && region.tabIndex == 0")
+    cells = tab.locator("tbody td, tbody th")
+    assert all(cells.evaluate_all("all => all.map(cell => cell.scrollWidth <= cell.clientWidth + 1)"))
+    right = cells.evaluate_all("all => Math.max(...all.map(cell => cell.getBoundingClientRect().right))")
+    assert right <= width
+    title = tab.locator("td").nth(1).evaluate("cell => getComputedStyle(cell, '::before').content")
+    assert (title == '"speed-up [95 %]"') == (width < 1000)  # a card for each row, where columns have no room
 
 
 def test_a_phone_gets_a_chart_of_its_own_with_letters_that_can_be_read(open_page):

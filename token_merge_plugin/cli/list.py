@@ -16,6 +16,12 @@ from token_merge_plugin.errors import ConfigError
 from token_merge_plugin.patching import apply, models_by_adapter
 from token_merge_plugin.trial.counting import count_macs
 
+# Where the typical model of a family has no class token: one that has, and takes the methods that need it.
+WITH_CLASS_TOKEN = {
+    "ViT with relative position": "vit_relpos_medium_patch16_cls_224",
+    "NaFlexViT": "naflexvit_base_patch16_radio_v3",
+}
+
 
 def add(commands: Any) -> None:
     parser = add_command(
@@ -90,6 +96,9 @@ def list_families(
             full = count_macs(model, images)
             shares.append(count_macs(apply(model, keep_rate), images) / full)
             methods.update(method for method in METHODS if _takes(model, method))
+            if not every_model and adapter.family in WITH_CLASS_TOKEN:
+                other, _ = on_meta(WITH_CLASS_TOKEN[adapter.family])
+                methods.update(method for method in METHODS if _takes(other, method))
             if progress is not None:
                 progress(1)
         modules = tuple(module for module in adapter.timm_modules if module in timm.list_modules())

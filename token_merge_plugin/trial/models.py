@@ -8,7 +8,7 @@ from typing import Any
 
 import timm
 import torch
-from timm.data import resolve_input_data_config
+from timm.data import ImageNetInfo, infer_imagenet_subset, resolve_input_data_config
 from timm.models import (
     get_pretrained_cfg,
     load_checkpoint,
@@ -186,6 +186,16 @@ def _checkpoint_problem(model: nn.Module, checkpoint: str | Path, use_ema: bool,
         f"{checkpoint} does not fit the model: {listed}. Name the model that it was saved from, with the same "
         "--num-classes, --img-size and --in-chans."
     )
+
+
+def class_name(model: nn.Module, index: int) -> str:
+    """Return the name of a class: of the model's own names, or of ImageNet's; else its number."""
+    config: Any = getattr(model, "pretrained_cfg", {})
+    names = config.get("label_names")
+    if names:
+        return names[index]
+    subset = infer_imagenet_subset(model)
+    return ImageNetInfo(subset).index_to_description(index) if subset else f"class {index}"
 
 
 def data_config(

@@ -222,6 +222,36 @@ def shown_columns(result: TrialResult) -> list[Column]:
     return [column for column in COLUMNS if any(column.value(row) is not None for row in result.rows)]
 
 
+# Titles of the columns that a reader decides by, in their order; the report has the others in a second table.
+DECISIVE = (
+    "method",
+    "keep rate",
+    "speed-up [95 %]",
+    "at batch 1",
+    "difference [95 %]",
+    "top-1",
+    "agreement",
+    "patch error",
+    "head change",
+    "reduction",
+)
+
+
+def decisive_columns(result: TrialResult) -> list[Column]:
+    """Return the shown columns of `DECISIVE`, in that order; with the cosine where it is what is lost."""
+    shown = {column.title: column for column in shown_columns(result)}
+    titles = list(DECISIVE)
+    if "agreement" not in shown:
+        titles.insert(4, "cosine")
+    return [shown[title] for title in titles if title in shown]
+
+
+def further_columns(result: TrialResult) -> list[Column]:
+    """Return the method, the keep rate and the shown columns that are not decisive."""
+    decisive = [column for column in decisive_columns(result) if column.title not in ("method", "keep rate")]
+    return [column for column in shown_columns(result) if column not in decisive]
+
+
 def format_table(result: TrialResult) -> str:
     """Return the rows as two tables, of what they cost and of what they lose, aligned, and in Markdown as well.
 
