@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from html import escape
-from itertools import groupby
+from itertools import groupby, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -401,7 +401,7 @@ def _draw_series(axes: "Axes", method: str, series: Sequence[Point]) -> None:
 
 
 def _draw_labels(axes: "Axes", series: Sequence[Point], colour: str, points: Sequence[Point]) -> None:
-    """Write each point's setting where it covers neither a point nor another label: beside it, or not at all."""
+    """Write each point's setting where it covers no point, no other label and not the series' line; or not at all."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.transforms import Bbox
 
@@ -412,6 +412,10 @@ def _draw_labels(axes: "Axes", series: Sequence[Point], colour: str, points: Seq
         Bbox.from_bounds(x - 6, y - 6, 12, 12)
         for x, y in axes.transData.transform([(1.0, 0.0), *((point.speed_up, point.difference) for point in points)])
     ]
+    line = axes.transData.transform([(point.speed_up, point.difference) for point in series])
+    for (x0, y0), (x1, y1) in pairwise(line):
+        shares = [step / 40 for step in range(3, 38)]  # the ends are points
+        taken += [Bbox.from_bounds(x0 + t * (x1 - x0) - 1, y0 + t * (y1 - y0) - 1, 2, 2) for t in shares]
     for point in series:
         text = axes.annotate(
             point.row.setting or "" if point.row.keep_rate is None else f"{point.row.keep_rate:g}",
