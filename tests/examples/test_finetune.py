@@ -178,7 +178,7 @@ def test_one_file_has_all_that_was_learned(ema, one):
 def test_a_run_goes_on_from_a_learned_fusion_and_never_loses_it_in_silence(one, data, tmp_path, capsys):
     options = ["--checkpoint", str(one / "weights.pth"), "--keep-rate", "0.5", "--epochs", "1", "--batch-size", "8"]
     assert run(data, tmp_path / "lost", *options) == 1
-    assert "has a learned fusion. Go on with it by --multi-scale learned" in capsys.readouterr().err
+    assert "has a learned fusion: --multi-scale learned goes on with it" in capsys.readouterr().err
     assert run(data, tmp_path / "next", *options, "--multi-scale", "learned", "--opt", "sgd", "--lr", "1e-9") == 0
     assert log(tmp_path / "next")[0]["top1"] == pytest.approx(log(one)[-1]["top1"])
 

@@ -584,7 +584,8 @@ def test_any_result_has_a_report_and_a_chart(tmp_path, result):
 
 def test_the_title_of_the_chart_fits_onto_it(tmp_path):
     errors = {"patch_error": 0.081, "head_change": 0.0112}
-    for result in (without_classes(row(0.8, **errors)), result_of(row(0.9, difference=-0.021)), full_result()):
+    wide = result_of(row(), data="MMMMMMM WWWW " * 8, warnings=("MMMMMMM WWWW " * 8,))
+    for result in (without_classes(row(0.8, **errors)), result_of(row(0.9, difference=-0.021)), full_result(), wide):
         write_png(result, tmp_path / "chart.png")
         with Image.open(tmp_path / "chart.png") as chart:
             assert np.asarray(chart.convert("L"))[:, -12:].min() == 255
