@@ -384,6 +384,28 @@ def test_contenders_are_timed_in_turns():
     assert len(few[0]) == 3
 
 
+def test_compiled_copies_are_timed_and_the_model_is_left_alone(monkeypatch):
+    compiled = []
+
+    def eager(model, **options):
+        compiled.append(type(model.blocks[3]).__name__)
+        return compile(model, backend="eager", **options)
+
+    compile, model = torch.compile, make().eval()
+    monkeypatch.setattr(torch, "compile", eager)
+    times = time_in_turns(model, [None, MergeConfig(0.5)], make_images(2), rounds=1, seconds=0, compiled=True)
+    assert [len(part) for part in times] == [1, 1]
+    assert compiled == ["Block", "TokenMergeBlock"]
+    assert type(model).__name__ == "VisionTransformer"
+
+    def broken(model, **options):
+        raise RuntimeError("no compiler is there.")
+
+    monkeypatch.setattr(torch, "compile", broken)
+    with pytest.raises(ConfigError, match="cannot be compiled here: no compiler is there"):
+        time_in_turns(model, [None], make_images(2), compiled=True)
+
+
 def test_glibc_is_asked_to_keep_memory_and_others_are_left_alone(monkeypatch):
     calls = []
     monkeypatch.setattr(ctypes, "CDLL", lambda name: SimpleNamespace(mallopt=lambda *call: calls.append(call)))
