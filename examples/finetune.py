@@ -14,11 +14,11 @@ lvvit.safetensors. A schedule that `token-merge calibrate` wrote is given by --c
 
 The output folder, which all processes must see, holds
     last.checkpoint  everything: the same command goes on from there after an interruption, to the same result
-    weights.pth      weights of the unpatched model, as timm's load_checkpoint and `token-merge trial --checkpoint` read
-                     them, with "state_dict_ema" beside "state_dict" where there is --ema
-    fusion.pth       with --multi-scale learned, its parameters; fusion_ema.pth, their average. To use them:
-                     apply(model, config).load_state_dict(torch.load("fusion.pth"), strict=False)
-    config.json      the options of `apply`, as MergeConfig.from_json and `token-merge --config` read them
+    weights.pth      all that was learned, for --checkpoint of `token-merge trial`, `evaluate`, `show` and `bench`: the
+                     weights, the fusion of --multi-scale learned and the options; where there is --ema, the average as
+                     "state_dict_ema" beside "state_dict". timm's load_checkpoint reads it, too: with a fusion, into a
+                     model that is patched by these options, since without it the weights are not the ones trained
+    token-merge.json the options of `apply`, as MergeConfig.from_json and `token-merge --config` read them
     log.jsonl        a line for each epoch, also printed; epoch 0 is the model before training
 
 Accuracies are those at the keep rate that was asked for, also while it is warmed up, and differences are to the
@@ -72,13 +72,13 @@ from token_merge_plugin.errors import ConfigError, DataError, TokenMergeError
 from token_merge_plugin.models.lvvit import mix_by_box
 from token_merge_plugin.trial.accuracy import paired_interval
 from token_merge_plugin.trial.data import DEFAULT_WORKERS, Data, FashionMnist, has_idx_files, open_data
+from token_merge_plugin.trial.fusion import CONFIG_KEY, PART, remembered
 from token_merge_plugin.trial.images import Batch
-from token_merge_plugin.trial.measuring import keep_freed_memory
+from token_merge_plugin.trial.measuring import keep_freed_memory, plan
 from token_merge_plugin.trial.models import data_config, load_model
 
 # At 1.0 a stage would not exist: its learned fusion would go, and a sharded model cannot be given other stages.
 LARGEST_RATE = 0.999
-FUSION = "token_merge_fusion"
 # What may differ when a run is taken up again, since the result does not depend on it.
 NOT_OF_THE_RUN = ("output", "data", "device", "workers", "save_every", "fsdp")
 
@@ -197,10 +197,11 @@ def training_images(args: argparse.Namespace, config: dict[str, Any], num_classe
         options = {"class_map": str(args.class_map)} if args.class_map else {}
         try:
             images = create_dataset(
-                args.dataset, root=str(args.data), split=args.train_split, input_img_mode=mode, **options
+                args.dataset, root=str(args.data), split=args.train_split or "train", input_img_mode=mode, **options
             )
         except Exception as error:  # timm and the libraries below it raise classes of every kind
-            raise DataError(f"--data {args.data}, --train-split {args.train_split}: {error}") from error
+            split = args.train_split or "train"
+            raise DataError(f"--data {args.data}, --train-split {split}: {error}") from error
         crop_scale, ratio = args.crop_scale or 0.08, (3 / 4, 4 / 3)
         color_jitter = 0.4 if args.color_jitter is None else args.color_jitter or None
     if isinstance(images, IterableDataset):
@@ -221,11 +222,15 @@ def training_images(args: argparse.Namespace, config: dict[str, Any], num_classe
 
 def evaluation_images(args: argparse.Namespace, config: dict[str, Any], num_classes: int, device: torch.device) -> Data:
     """Return this process's part of the test images, or of the training images behind the first --images."""
+    split = args.eval_split
+    if args.held_out:
+        named = args.dataset or has_idx_files(args.data) or (args.data / "train").is_dir()
+        split = args.train_split or ("train" if named else None)
     data = open_data(
         args.data,
         config,
         dataset=args.dataset,
-        split=args.train_split if args.held_out else args.eval_split,
+        split=split,
         class_map=args.class_map,
         num_classes=num_classes,
         num_images=None if args.held_out else args.eval_images,
@@ -329,7 +334,7 @@ def parameter_groups(model: Any, weight_decay: float, layer_decay: float | None,
         groups = param_groups_weight_decay(model, weight_decay, no_weight_decay_list=skip)
     else:
         groups = param_groups_layer_decay(model, weight_decay, skip, layer_decay=layer_decay)
-    fusion = {parameter: None for name, parameter in model.named_parameters() if FUSION in name}
+    fusion = {parameter: None for name, parameter in model.named_parameters() if PART in name}
     for group in groups:
         group["params"] = [parameter for parameter in group["params"] if parameter not in fusion]
     groups.append({"params": list(fusion), "weight_decay": 0.0, "lr_scale": fusion_lr_scale})
@@ -380,6 +385,10 @@ class Run:
                 f"--token-labels {args.token_labels} needs a model that classifies its patches, such as LV-ViT, and "
                 f"{type(self.model).__name__} does not. Leave it out."
             )
+        if remembered(self.model).fusion and config.multi_scale != "learned":
+            raise ConfigError(
+                f"--checkpoint {args.checkpoint} has a learned fusion: --multi-scale learned goes on with it."
+            )
         self._open_images()
         self.step, self.loss_sum, self.history = 0, torch.zeros((), device=device), []
         self.unpatched_right = self._right(self.model)
@@ -388,7 +397,7 @@ class Run:
             self.model.set_grad_checkpointing(True)
         self.planned = self._config_at(0)
         random_seed(args.seed)
-        apply(self.model, self.planned)
+        plan(self.model, self.planned)
         self.ema = ModelEmaV3(self.model, decay=args.ema, foreach=not args.fsdp) if args.ema else None
         self._distribute()
         groups = parameter_groups(self.model, args.weight_decay, args.layer_decay, args.fusion_lr_scale)
@@ -567,7 +576,7 @@ class Run:
         if self.args.rank == 0:
             tqdm.write(text, file=sys.stdout)
             write(self.args.output / "log.jsonl", "".join(json.dumps(line) + "\n" for line in self.history))
-            write(self.args.output / "config.json", self.config.to_json())
+            write(self.args.output / "token-merge.json", self.config.to_json())
         if epoch:
             self._save_weights(epoch)
 
@@ -590,12 +599,8 @@ class Run:
         states = {suffix: get_model_state_dict(model, options=self._options) for suffix, model in models.items()}
         if self.args.rank > 0:
             return
-        weights: dict[str, Any] = {"epoch": epoch}
-        for suffix, state in states.items():
-            weights[f"state_dict{suffix}"] = {name: value for name, value in state.items() if FUSION not in name}
-            fusion = {name: value for name, value in state.items() if FUSION in name}
-            if fusion:
-                write(self.args.output / f"fusion{suffix}.pth", fusion)
+        weights: dict[str, Any] = {"epoch": epoch, CONFIG_KEY: self.config.to_json()}
+        weights |= {f"state_dict{suffix}": state for suffix, state in states.items()}
         write(self.args.output / "weights.pth", weights)
 
     def save(self) -> None:
@@ -705,8 +710,8 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("images")
     group.add_argument("--data", type=Path, required=True, help="folder of images or of Fashion-MNIST's IDX files")
     group.add_argument("--dataset", default="", help="name of a data set as timm's create_dataset takes it")
-    group.add_argument("--train-split", default="train")
-    group.add_argument("--eval-split", default="validation")
+    group.add_argument("--train-split", help="default: train")
+    group.add_argument("--eval-split", help="default: validation, if there are splits")
     group.add_argument("--class-map", type=Path, help="one folder name a line, in the order of the model's classes")
     group.add_argument("--images", type=int, help="train on the first so many")
     group.add_argument("--held-out", action="store_true", help="evaluate on the training images behind these")

@@ -613,7 +613,24 @@ def test_a_wrong_option_fails_before_the_script_starts(tmp_path):
         run_script(write(tmp_path, "raise AssertionError"), stage=3)
 
 
-@pytest.mark.filterwarnings("ignore:token_merge_plugin leaves:UserWarning")
+@pytest.mark.parametrize(("end", "code"), [("", 1), ("raise SystemExit(0)", 1), ("raise SystemExit(3)", 3)])
+def test_strict_fails_if_nothing_was_patched(end, code, tmp_path):
+    with pytest.raises(SystemExit) as exit:
+        run_script(write(tmp_path, f"import timm\ntimm.create_model('test_resnet')\n{end}"), strict=True)
+    assert exit.value.code == code
+    run_script(write(tmp_path, "import timm\ntimm.create_model('test_vit')"), strict=True)
+
+
+def test_what_is_not_served_is_named_once_in_one_line(tmp_path, capsys):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run_script(write(tmp_path, "import timm\nfor _ in range(2):\n    timm.create_model('test_resnet')"))
+    assert capsys.readouterr().err == (
+        "token-merge: no model was patched: 2 ResNet left unpatched: ResNet is no model that is served, and contains "
+        "none.\n"
+    )
+
+
 @pytest.mark.parametrize(
     ("source", "summary"),
     [
@@ -745,7 +762,7 @@ def test_in_a_new_process_the_environment_alone_is_enough(imported, python):
     """Also if this package is imported first, which imports timm, which imports a part of this package."""
     process = python(MAKE_A_MODEL.replace("IMPORTED", imported), TOKEN_MERGE_KEEP_RATE="0.5")
     assert process.stdout == "TokenMergeVisionTransformer\n", process.stderr
-    assert process.stderr == ""
+    assert process.stderr == "token-merge: 1 model patched (1 VisionTransformer).\n"
 
 
 def test_a_bad_value_in_the_environment_stops_a_new_process(python):
@@ -772,7 +789,9 @@ def test_the_processes_of_a_script_are_patched(python, tmp_path, capfd):
         """
     )
     assert process.stdout == "TokenMergeVisionTransformer\n", process.stderr
-    assert process.stderr == "token-merge: no model was patched: timm.create_model made none in this process.\n"
+    of_child, of_parent = process.stderr.splitlines()
+    assert of_child == "token-merge: 1 model patched (1 VisionTransformer)."
+    assert of_parent == "token-merge: no model was patched: timm.create_model made none in this process."
 
 
 def test_an_installed_package_has_the_line_that_python_reads_as_it_starts(python):

@@ -1,6 +1,6 @@
 """Errors of this package: one base class, so that `except TokenMergeError` catches every one of them.
 
-Also how the errors of other libraries, and long lists, are put into a message of ours.
+Also how the errors of other libraries, numbers of things and long lists are put into a message of ours.
 """
 
 from collections.abc import Sequence
@@ -38,3 +38,13 @@ def first_line(error: Exception) -> str:
 def first_few(names: Sequence[str], few: int = 3) -> str:
     """Return the first names, with commas between them, and how many more there are."""
     return ", ".join(names[:few]) + (f" and {len(names) - few} more" if len(names) > few else "")
+
+
+def counted(number: int, thing: str, things: str | None = None) -> str:
+    """Return, for example, "1 image" or "1,000 images"."""
+    return f"{number:,} {thing if number == 1 else things or thing + 's'}"
+
+
+def how_to_install(package: str, extra: str) -> str:
+    """Return what to type for a package that an extra brings."""
+    return f'Run: pip install {package}. Or, in a clone of the repository: pip install -e ".[{extra}]".'

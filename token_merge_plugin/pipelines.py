@@ -8,10 +8,13 @@ From code, by `install`, `uninstall` and `patch_timm`; for a script as it stands
 
 Either of them is enough, and an empty one counts as not set. They are read when a process first imports timm: the
 installed package has a line in site-packages, token_merge_plugin.pth, that sees to it. Processes that such a process
-starts inherit them.
+starts inherit them. As it ends, one line on stderr tells which models were patched.
 """
 
+import atexit
+import multiprocessing
 import os
+import re
 import runpy
 import sys
 import threading
@@ -42,18 +45,20 @@ class Installation:
 
     Attributes:
         config: what models are patched with.
+        warns: say at once what cannot be patched; otherwise the summary alone does.
         patched: {class name: number of models that were patched}.
         unpatched: {(class name, reason): number of models that passed through as timm made them}.
     """
 
-    def __init__(self, config: MergeConfig) -> None:
+    def __init__(self, config: MergeConfig, *, warns: bool = True) -> None:
         self.config = config
+        self.warns = warns
         self.patched: Counter[str] = Counter()
         self.unpatched: Counter[tuple[str, str]] = Counter()
         self._lock = threading.Lock()
 
     def serve(self, model: nn.Module, name: str) -> None:
-        """Patch a model that timm just made, or warn, once for each class and reason, that it cannot be."""
+        """Patch a model that timm just made, or note, and warn once for each class and reason, that it cannot be."""
         kind = type(model).__name__
         try:
             if is_scriptable():
@@ -63,7 +68,7 @@ class Installation:
             with self._lock:
                 self.unpatched[kind, str(error)] += 1
                 first = self.unpatched[kind, str(error)] == 1
-            if first:
+            if first and self.warns:
                 # The caller of `create_model`, which called `_create`, which called this.
                 warnings.warn(f"token_merge_plugin leaves {name} ({kind}) unpatched: {error}", stacklevel=4)
         else:
@@ -72,13 +77,19 @@ class Installation:
 
     def summary(self) -> str:
         """Return, in one line, how many models were patched, of which classes, and why others were not."""
-        unpatched = "; ".join(f"{n} {kind} left unpatched: {why}" for (kind, why), n in self.unpatched.items())
+        reasons = {(kind, _first_sentence(why)): n for (kind, why), n in self.unpatched.items()}
+        unpatched = "; ".join(f"{n} {kind} left unpatched: {why}" for (kind, why), n in reasons.items())
         if self.patched:
             number = self.patched.total()
             kinds = ", ".join(f"{n} {kind}" for kind, n in self.patched.items())
             message = f"{number} model{'s' if number > 1 else ''} patched ({kinds})"
             return f"{message}; {unpatched}" if unpatched else f"{message}."
         return f"no model was patched: {unpatched or 'timm.create_model made none in this process.'}"
+
+
+def _first_sentence(text: str) -> str:
+    """Return the first sentence, in one line."""
+    return re.split(r"(?<=\.)\s", " ".join(text.split()), maxsplit=1)[0]
 
 
 _installed: Installation | None = None
@@ -106,6 +117,7 @@ def install(keep_rate: KeepRate | MergeConfig = 0.7, **options: Any) -> None:
 
 def uninstall() -> None:
     """Undo `install`: timm is as it was. Models that were patched stay so. Without effect if nothing is installed."""
+    atexit.unregister(_say_at_exit)
     _set(None)
 
 
@@ -176,10 +188,18 @@ def install_from_environment(timm_module: ModuleType | None = None) -> None:
         config = MergeConfig.from_json(given.get(OPTIONS_VARIABLE, "{}"))
         if KEEP_RATE_VARIABLE in given:
             config = replace(config, keep_rate=_parsed_keep_rate(given[KEEP_RATE_VARIABLE]))
-        install(config)
+        installation = Installation(config, warns=False)
+        _set(installation)
+        atexit.register(_say_at_exit, installation)
     except ConfigError as error:
         asked = ", ".join(f"{name}={value!r}" for name, value in given.items())
         raise ConfigError(f"In the environment, {asked}: {error} Or unset the variable.") from error
+
+
+def _say_at_exit(installation: Installation) -> None:
+    """Tell what was patched; but not for a worker process of the program that made no model."""
+    if multiprocessing.parent_process() is None or installation.patched or installation.unpatched:
+        print(f"token-merge: {installation.summary()}", file=sys.stderr)
 
 
 def _parsed_keep_rate(text: str) -> float | list[float]:
@@ -196,6 +216,7 @@ def run_script(
     keep_rate: KeepRate | MergeConfig = 0.7,
     *,
     module: bool = False,
+    strict: bool = False,
     **options: Any,
 ) -> None:
     """Run a Python script or module as `python` would, with every supported model of `timm.create_model` patched.
@@ -209,14 +230,16 @@ def run_script(
         arguments: the command line that follows it.
         keep_rate: as for `apply`.
         module: take `target` for a module, as `python -m` does.
+        strict: fail at the end if no model of this process was patched.
         options: the other fields of `MergeConfig`, by name.
 
     Raises:
         ConfigError: an option has a value that is not allowed, or there is no such script or module.
-        SystemExit: that of the script; with code 1 after any other exception, whose traceback has been printed.
+        SystemExit: that of the script; with code 1 after any other exception, whose traceback has been printed, and
+            where it would be 0, but `strict` is not met.
         KeyboardInterrupt: Ctrl-C; its traceback has been printed.
     """
-    installation = Installation(MergeConfig.of(keep_rate, **options))
+    installation = Installation(MergeConfig.of(keep_rate, **options), warns=False)
     if not module and not os.path.exists(target):
         raise ConfigError(f"There is no script {os.fspath(target)!r}. Give a path, or -m and the name of a module.")
     with _environment(installation.config), _active(installation), _main_program(target, arguments, module):
@@ -226,8 +249,9 @@ def run_script(
             else:
                 # Absolute, as Python itself has `__file__` of a script.
                 runpy.run_path(os.path.abspath(target), run_name="__main__")
-        except SystemExit:
-            raise
+        except SystemExit as end:
+            if end.code not in (None, 0) or not strict:
+                raise
         except BaseException as error:
             error.__traceback__ = _traceback_of_script(error)
             if module and isinstance(error, ImportError) and error.__traceback__ is None:
@@ -238,6 +262,8 @@ def run_script(
             raise SystemExit(1) from error
         finally:
             print(f"token-merge: {installation.summary()}", file=sys.stderr)
+    if strict and not installation.patched:
+        raise SystemExit(1)
 
 
 def _traceback_of_script(error: BaseException) -> TracebackType | None:

@@ -19,6 +19,9 @@ def test_list_names_every_family_and_what_is_left_of_its_multiply_adds(capsys):
     assert [row[0] for row in rows] == [adapter.family for adapter in models_by_adapter()]
     assert sum(int(row[2]) for row in rows) == len(supported_models())
     assert all(all(row) for row in rows)
+    methods = {row[0]: row[5] for row in rows}  # also those that the typical model does not take, as in the README
+    assert methods["ViT with relative position"] == methods["NaFlexViT"] == "all"
+    assert methods["CaiT"] == "merge, tome, late_tome, random"
     assert all(40 <= int(row[-1].rstrip("%")) <= 90 for row in rows)
 
 

@@ -17,7 +17,11 @@ from train_reference import create_model
 from token_merge_plugin import MergeConfig, apply
 from token_merge_plugin.builtin import create_reference_model, load_images, load_pixels
 from token_merge_plugin.models.lvvit import random_box, token_labeling_loss
+from token_merge_plugin.trial.fusion import remembered
+from token_merge_plugin.trial.images import Tensors
+from token_merge_plugin.trial.measuring import plan
 from token_merge_plugin.trial.models import load_model
+from token_merge_plugin.trial.run import evaluate
 
 # Plain gradient steps where numbers of processes are compared: Adam would blow rounding up to whole steps, in weights
 # whose gradient is zero but for it.
@@ -55,13 +59,9 @@ def log(output):
 
 def state(output):
     """Everything that was learned, by name."""
-    found = {}
-    for file in ("weights.pth", "fusion.pth", "fusion_ema.pth"):
-        content = torch.load(output / file, weights_only=True)
-        found |= {f"{file} {name}": x for name, x in content.items() if isinstance(x, torch.Tensor)}
-        for part in ("state_dict", "state_dict_ema"):
-            found |= {f"{part} {name}": x for name, x in content.get(part, {}).items()}
-    return found
+    content = torch.load(output / "weights.pth", weights_only=True)
+    parts = ("state_dict", "state_dict_ema")
+    return {f"{part} {name}": value for part in parts for name, value in content.get(part, {}).items()}
 
 
 @pytest.fixture(scope="module")
@@ -155,26 +155,38 @@ def test_the_log_has_a_line_for_each_epoch(one):
 
 
 @pytest.mark.parametrize("ema", [False, True])
-def test_what_was_learned_can_be_loaded_again(ema, one):
-    model = create_reference_model(pretrained=False)
-    load_checkpoint(model, str(one / "weights.pth"), use_ema=ema)  # strict: the unpatched model's keys
-    config = MergeConfig.from_json((one / "config.json").read_text())
+def test_one_file_has_all_that_was_learned(ema, one):
+    images, labels = (x[24:35] for x in load_images())
+    model = load_model(checkpoint=one / "weights.pth", use_ema=ema)
+    config = remembered(model).config
     assert (config.keep_rate, config.multi_scale) == (0.5, "learned")
-    apply(model, config)
-    fusion = torch.load(one / ("fusion_ema.pth" if ema else "fusion.pth"), weights_only=True)
-    assert not model.load_state_dict(fusion, strict=False).unexpected_keys
+    assert config == MergeConfig.from_json((one / "token-merge.json").read_text())
+    result = evaluate(model, Tensors(images, labels), config)
+    assert result.rows[1].top1 == pytest.approx(log(one)[-1]["ema_top1" if ema else "top1"])
+    plan(model, config)
     gates = next(value for name, value in model.state_dict().items() if name.endswith("token_merge_fusion.gates"))
     assert (gates.abs() > 0).all()
-    images, labels = (x[24:35] for x in load_images())
+    # timm's own loader, strict: the fusion is not lost in silence.
+    with pytest.raises(RuntimeError, match="token_merge_fusion"):
+        load_checkpoint(create_reference_model(pretrained=False), str(one / "weights.pth"), use_ema=ema)
+    patched = apply(create_reference_model(pretrained=False), config)
+    load_checkpoint(patched, str(one / "weights.pth"), use_ema=ema)
     with torch.no_grad():
-        top1 = (model(images).argmax(1) == labels).float().mean().item()
-    assert top1 == pytest.approx(log(one)[-1]["ema_top1" if ema else "top1"])
+        assert torch.equal(patched(images), model(images))
+
+
+def test_a_run_goes_on_from_a_learned_fusion_and_never_loses_it_in_silence(one, data, tmp_path, capsys):
+    options = ["--checkpoint", str(one / "weights.pth"), "--keep-rate", "0.5", "--epochs", "1", "--batch-size", "8"]
+    assert run(data, tmp_path / "lost", *options) == 1
+    assert "has a learned fusion: --multi-scale learned goes on with it" in capsys.readouterr().err
+    assert run(data, tmp_path / "next", *options, "--multi-scale", "learned", "--opt", "sgd", "--lr", "1e-9") == 0
+    assert log(tmp_path / "next")[0]["top1"] == pytest.approx(log(one)[-1]["top1"])
 
 
 def test_training_changes_the_weights_but_not_the_statistics_of_batch_norm(one):
     before = create_reference_model().state_dict()
     after = torch.load(one / "weights.pth", weights_only=True)["state_dict"]
-    assert list(after) == list(before)
+    assert [name for name in after if "token_merge_fusion" not in name] == list(before)
     for name, value in before.items():
         statistics = "running" in name or "num_batches" in name
         assert torch.equal(after[name], value) == statistics, name
@@ -380,7 +392,8 @@ def test_a_model_of_timm_on_a_folder_of_images(tmp_path):
     assert last["top1"] * 4 == pytest.approx(round(last["top1"] * 4))  # of 4 images
     for use_ema in (False, True):  # as `token-merge trial --checkpoint` does
         load_model("test_vit", checkpoint=tmp_path / "output" / "weights.pth", num_classes=2, use_ema=use_ema)
-    assert not (tmp_path / "output" / "fusion.pth").exists()
+    weights = torch.load(tmp_path / "output" / "weights.pth", weights_only=True)
+    assert set(weights["state_dict"]) == set(timm.create_model("test_vit").state_dict())
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Calibration: the schedule that moves the output the least, for a budget."""
 
 import json
+import random
 
 import pytest
 import timm
@@ -14,6 +15,7 @@ from token_merge_plugin.trial.budgets import Budget
 from token_merge_plugin.trial.calibration import _Measured, better, calibrate
 from token_merge_plugin.trial.counting import count_macs, equal_compute
 from token_merge_plugin.trial.distances import Unpatched
+from token_merge_plugin.trial.journal import Journal
 
 FAST = {"moves": 3}
 
@@ -65,6 +67,47 @@ def test_the_same_seed_gives_the_same_schedule_and_the_model_is_left_as_it_was()
     assert first == second
     assert [type(module) for module in model.modules()] == classes
     assert all(module.training for module in model.modules())
+
+
+def test_an_interrupted_calibration_goes_on_to_the_same_schedule(tmp_path, monkeypatch):
+    model, x, log = make(), images(), tmp_path / "log.jsonl"
+    whole, calls = Unpatched.distances, []
+
+    def distances(self):
+        calls.append(1)
+        if len(calls) == 10:
+            raise KeyboardInterrupt
+        return whole(self)
+
+    def calibrated():
+        return calibrate(model, x, 0.8, log=log, moves=1)
+
+    monkeypatch.setattr(Unpatched, "distances", distances)
+    monkeypatch.setattr("token_merge_plugin.trial.calibration.by_number", lambda sections: [])
+    with pytest.raises(KeyboardInterrupt):
+        calibrated()
+    found = calibrated()
+    done = len(calls)
+    assert calibrated() == found
+    assert len(calls) == done  # everything was in the log
+    with pytest.raises(ConfigError, match="other work: it differs in asked"):
+        calibrate(model, x, 0.7, log=log, moves=1)
+
+
+def test_measured_times_come_from_the_log_when_the_same_work_is_done_again(tmp_path, monkeypatch):
+    def timed(model, configs, images):  # never the same twice
+        return [[1.0], *([random.random()] for _ in configs[1:])]
+
+    def times(*schedules):
+        with Journal(tmp_path / "log.jsonl", {}) as journal:
+            budget = Budget(make().eval(), images(), "latency", 0.8, journal)
+            return [budget.time_left(MergeConfig(1.0), [schedule])[0] for schedule in schedules]
+
+    monkeypatch.setattr("token_merge_plugin.trial.budgets.time_in_turns", timed)
+    first = times({1: 0.7}, {2: 0.5})
+    again = times({1: 0.7}, {2: 0.5}, {2: 0.5})
+    assert again[:2] == first
+    assert again[2] not in first
 
 
 @pytest.mark.parametrize("kind", ["PiT", "CaiT", "Swin"])

@@ -15,7 +15,7 @@ from PIL import Image
 from timm.data import create_dataset, create_loader, resolve_data_config
 from timm.models import save_for_hf
 
-from token_merge_plugin import ConfigError, DataError
+from token_merge_plugin import ConfigError, DataError, UnsupportedModelError
 from token_merge_plugin.builtin import create_reference_model, load_images
 from token_merge_plugin.errors import MissingExtraError
 from token_merge_plugin.trial.data import open_data
@@ -125,12 +125,26 @@ def test_the_built_in_model_takes_other_weights(tmp_path):
         ("deit_smal_patch16_224", "deit_small_patch16_224"),
         ("test_vit.nowhere_in1k", "r160_in1k"),
         ("timm/test_vit", "hf-hub:timm/test_vit"),
-        ("xyzzy", "token-merge list"),
+        ("xyzzy", "token-merge list --names"),
     ],
 )
 def test_an_unknown_name_is_refused_with_names_like_it(name, message):
     with pytest.raises(ConfigError, match=message):
         load_model(name)
+
+
+@pytest.mark.parametrize("name", ["resnet18.a1_in1k", "local-dir:{}"])
+def test_a_model_that_is_not_served_is_refused_before_its_weights_are_had(name, monkeypatch, tmp_path):
+    def no_weights(*args, **kwargs):
+        raise AssertionError("The weights are asked for.")
+
+    save_for_hf(timm.create_model("test_resnet"), str(tmp_path))
+    monkeypatch.setattr("timm.models._builder.load_pretrained", no_weights)
+    with pytest.raises(UnsupportedModelError, match="ResNet is no model that is served"):
+        load_model(name.format(tmp_path))
+    (tmp_path / "weights.pth").write_text("which are not read")
+    with pytest.raises(UnsupportedModelError, match="ResNet is no model that is served"):
+        load_model("test_resnet", checkpoint=tmp_path / "weights.pth")
 
 
 def test_a_model_that_cannot_be_built_is_refused():
@@ -282,6 +296,43 @@ def test_the_folder_of_the_split_is_entered(folder, config):
     assert len(opened(folder, config, split="train")) == 1
 
 
+def test_a_split_that_is_not_there_is_refused_with_those_that_are(folder, config, tmp_path):
+    assert len(opened(folder, config)) == 11
+    with pytest.raises(DataError, match=r"has no split 'vaildation'. It has no splits: leave --split out"):
+        opened(folder, config, split="vaildation")
+    for split in ("test", "train"):
+        (folder / split).mkdir()
+        draw(0).save(folder / split / "other.png")
+    for split in ("vaildation", None):
+        with pytest.raises(DataError, match=r"has no split 'va[a-z]+'. Those there are: test, train\."):
+            opened(folder, config, split=split)
+    with pytest.raises(DataError, match="Those there are: test, train"):
+        opened(folder, config, split="vaildation", dataset="torch/image_folder")
+    assert len(opened(folder, config, split="test")) == 1
+
+
+def test_a_class_may_be_called_train(folder, config):
+    (folder / "class_7").rename(folder / "train")
+    assert len(opened(folder, config)) == 11
+
+
+@pytest.mark.parametrize("kind", ["webp", "bmp", "tif", "tiff", "gif"])
+def test_images_of_other_kinds_are_taken_from_a_folder(kind, tmp_path, config):
+    draw(0).save(tmp_path / f"image.{kind}")
+    draw(0).save(tmp_path / "image.png")
+    assert len(collected(opened(tmp_path, config))[0]) == 2
+
+
+@pytest.mark.parametrize("kind", ["png", "tif"])
+def test_images_of_16_bits_are_scaled_not_white(kind, tmp_path, config):
+    values = np.arange(160 * 160, dtype=np.uint16).reshape(160, 160) * 2
+    Image.fromarray(values).save(tmp_path / f"deep.{kind}")
+    Image.fromarray((values // 257).astype(np.uint8)).save(tmp_path / "flat.png")
+    deep, flat = collected(opened(tmp_path, config))[0]
+    assert torch.equal(deep, flat)
+    assert deep.std() > 0.1
+
+
 def test_a_flat_folder_has_no_labels(tmp_path, config):
     for i in range(3):
         draw(i).save(tmp_path / f"{i}.png")
@@ -336,7 +387,10 @@ def test_more_classes_than_the_models_are_refused(folder, config):
 
 def test_fewer_classes_than_the_models_are_warned_about(folder, config):
     with pytest.warns(UserWarning, match="has 4 classes, the model 1000"):
-        opened(folder, config, num_classes=1000)
+        data = opened(folder, config, num_classes=1000)
+    assert len(data.warnings) == 1
+    assert "has 4 classes, the model 1000" in data.warnings[0]
+    assert opened(folder, config, num_classes=4).warnings == []
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         opened(folder, config, num_classes=4)
@@ -347,9 +401,10 @@ def test_what_is_not_there_is_refused(tmp_path, config):
     with pytest.raises(DataError, match="There is no"):
         opened(tmp_path / "nowhere", config)
     (tmp_path / "notes.txt").write_text("no image")
-    with pytest.raises(DataError, match=r"has no images \(.png, .jpg, .jpeg\)"):
+    with pytest.raises(DataError, match=r"has no images \(.png, .jpg, .jpeg, .webp, .bmp, .tif, .tiff, .gif\)"):
         opened(tmp_path, config)
     draw(0).save(tmp_path / "image.webp")
+    draw(0).save(tmp_path / "image.png")
     assert len(opened(tmp_path, config, input_key=".webp;.bmp")) == 1
     with tarfile.open(tmp_path / "images.tar", "w") as archive:
         archive.add(tmp_path / "image.webp", "image.webp")
@@ -376,8 +431,10 @@ def test_unreadable_images_are_named_and_leave_the_batch(folder, config, workers
     data = opened(folder, config, workers=workers)
     images, labels, indices = collected(data)
     assert len(data) == 11
-    assert set(data.unreadable) == names
+    assert {line.split(": ")[0] for line in data.unreadable} == names
     assert len(data.unreadable) == 4
+    assert all(len(line.split(": ", 1)[1]) > 10 for line in data.unreadable)
+    assert "class_7/image_0.jpg: cannot identify image file" in data.unreadable
     assert len(images) == len(labels) == len(indices) == 7
     for image, label, index in zip(images, labels.tolist(), indices.tolist(), strict=True):
         assert torch.equal(image, whole[index])
@@ -404,7 +461,7 @@ def test_a_batch_without_any_readable_image_is_passed_over(tmp_path, config):
     assert batch.end == 6
     (tmp_path / "4.png").write_bytes(b"")
     (tmp_path / "5.png").write_bytes(b"")
-    with pytest.raises(DataError, match=r"No image could be read, of 6 unlabelled.*0.png, 1.png, 2.png and 3 more"):
+    with pytest.raises(DataError, match=r"No image could be read, of 6 .*0.png: cannot identify.* and 3 more"):
         list(opened(tmp_path, config))
 
 
@@ -502,7 +559,7 @@ def test_a_torchvision_dataset_is_read(folder, config):
     names = damage(folder)
     data = opened(folder, config, dataset="torch/image_folder")
     assert len(collected(data)[0]) == 7
-    assert set(data.unreadable) == names
+    assert {line.split(": ")[0] for line in data.unreadable} == names
     with pytest.raises(DataError, match="Unknown torchvision dataset"):
         opened(folder, config, dataset="torch/wrong")
     with pytest.raises(ConfigError, match="no class map"):
@@ -531,7 +588,7 @@ def test_a_hugging_face_dataset_is_read(table, config, workers):
     images, labels, indices = collected(data)
     assert labels.tolist() == [0, 1, 2, 0, 2]
     assert indices.tolist() == [0, 1, 2, 3, 5]
-    assert data.unreadable == ["4.png"]
+    assert data.unreadable == ["4.png: cannot identify image file"]
     with io.BytesIO(encoded(draw(5))) as file:
         transform = timm.data.create_transform(**config)
         assert torch.allclose(images[4], transform(Image.open(file).convert("RGB")), atol=1e-5)
@@ -635,5 +692,5 @@ def test_shards_that_are_not_there_are_refused(shards, config):
 @pytest.mark.parametrize(("dataset", "package"), [("hfds/name", "datasets"), ("wds/", "webdataset")])
 def test_a_missing_package_is_an_error_that_names_the_extra(tmp_path, config, monkeypatch, dataset, package):
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(MissingExtraError, match=rf"needs the package {package}: .*token-merge-plugin\[data\]"):
+    with pytest.raises(MissingExtraError, match=rf"package {package}, .*pip install {package}\..*clone.*\[data\]"):
         opened(tmp_path, config, dataset=dataset)

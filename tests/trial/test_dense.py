@@ -189,7 +189,7 @@ def test_results_with_another_head_are_not_mixed_in(tmp_path, head):
     log, data = tmp_path / "trial.jsonl", Tensors(make_images(3))
     run_trial(make(), data, (0.5,), head=head, log=log, **FAST)
     for other in (PatchHead(), None):
-        with pytest.raises(ConfigError, match="another trial: it differs in head"):
+        with pytest.raises(ConfigError, match="other work: it differs in head"):
             run_trial(make(), data, (0.5,), head=other, log=log, **FAST)
 
 
@@ -235,12 +235,12 @@ def test_processes_add_their_errors_up(monkeypatch, head):
         parts.append(part)
 
     def all_gather_object(received, _):
-        received[:] = [(dict(part.counts), [], len(part.data)) for part in parts]
+        received[:] = [(dict(part.counts), [], len(part.data), False) for part in parts]
 
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
     monkeypatch.setattr(torch.distributed, "all_gather_object", all_gather_object)
-    parts[0].gather()
+    assert not parts[0].gather(interrupted=False)
     for name in ERRORS:
         assert parts[0].fields("merge")[name] == pytest.approx(getattr(whole, name), rel=1e-5)
 

@@ -151,3 +151,14 @@ def test_a_contact_sheet_breaks_many_stages_into_lines_and_cuts_long_captions():
     sheet = contact_sheet([Picture(image, caption + "\n猫", stages)])
     assert sheet.width < 6 * 224
     assert (np.asarray(sheet) == RED).all(2).sum() == 13 * 224 * 224  # no caption runs over a panel
+
+
+def test_a_contact_sheet_has_a_heading_whose_lines_fit():
+    picture = Picture(Image.new("RGB", (224, 224), RED), "a caption", ())
+    plain, headed = contact_sheet([picture]), contact_sheet([picture], ["the model", "many words " * 20])
+    added = headed.height - plain.height
+    assert added > 4 * 20
+    assert headed.crop((0, added, *headed.size)).tobytes() == plain.tobytes()
+    heading = np.asarray(headed)[:added]
+    assert (heading < 50).all(2).any(axis=1).sum() > 20  # letters
+    assert heading[:, -12:].min() == 255

@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import html
 import io
 import json
 import os
@@ -11,14 +12,25 @@ import sys
 
 import numpy as np
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 
-from token_merge_plugin import DataError, TokenMergeError
+import token_merge_plugin
+from token_merge_plugin import DataError, MergeConfig, TokenMergeError
 from token_merge_plugin.config import METHODS
 from token_merge_plugin.errors import MissingExtraError
 from token_merge_plugin.trial.drawing import Picture, StagePicture, draw_stage
-from token_merge_plugin.trial.judging import best_row, verdict
-from token_merge_plugin.trial.report import SERIES, image_uri, require_charts, write_html, write_png
+from token_merge_plugin.trial.judging import best_row, caveats, verdict
+from token_merge_plugin.trial.report import (
+    SERIES,
+    _chart,
+    _own_style,
+    _points,
+    image_uri,
+    require_charts,
+    write_html,
+    write_png,
+)
 from token_merge_plugin.trial.results import TrialResult, TrialRow, from_json, to_csv, to_json
 from token_merge_plugin.trial.table import format_table
 
@@ -216,16 +228,74 @@ def test_a_loss_without_labels_or_classes_is_said_in_its_own_terms():
     )
 
 
-def test_if_nothing_is_faster_the_verdict_says_how_much_and_why():
+def test_if_nothing_is_faster_the_verdict_says_how_much_and_names_no_cause():
     result = result_of(row(0.9, speed_up=0.97), row(0.7, speed_up=1.01), batch_size=1)
     assert best_row(result) is None
     assert verdict(result) == (
         "Token merging does not help here: the accuracy stays, but the model is not faster on this device: 1.01x at "
-        "best, since 30 % less computation saves no time at batch size 1."
+        "best, with 30 % less computation, at batch size 1."
     )
-    assert "since only 3 % of the computation is saved" in verdict(result_of(row(0.97, speed_up=1.02)))
+    assert "with 3 % less computation" in verdict(result_of(row(0.97, speed_up=1.02)))
     assert best_row(result_of(row(speed_up=1.05))) is not None
     assert best_row(result_of(row(speed_up=1.049))) is None
+
+
+def test_a_speed_up_is_said_with_its_interval_and_is_none_where_that_reaches_one():
+    sure, unsure = row(0.8, speed_up=1.2), row(0.7, speed_up=1.46)
+    sure, unsure = (
+        dataclasses.replace(one, speed_up_interval=interval)
+        for one, interval in ((sure, (1.15, 1.25)), (unsure, (0.9, 1.8)))
+    )
+    assert verdict(result_of(sure)) == (
+        "Keep rate 0.8 keeps 99.8 % of the accuracy at 1.20x the speed (95 %: 1.15x to 1.25x)."
+    )
+    assert best_row(result_of(sure, unsure)) == sure
+    assert verdict(result_of(unsure)) == (
+        "Token merging does not help here: the accuracy stays, but the model is not faster on this device: 1.46x (95 "
+        "%: 0.90x to 1.80x) at best, with 30 % less computation, at batch size 32."
+    )
+    assert cells(format_table(result_of(sure)).splitlines()[3])[5] == "1.20x [1.15, 1.25]"
+
+
+def test_a_row_that_is_slower_at_batch_size_1_says_so_in_the_same_sentence():
+    slower = row(speed_up=1.46, latency_speed_up=0.9)
+    text = (
+        "Keep rate 0.7 keeps 99.8 % of the accuracy at 1.46x the speed in batches of 32, but at 0.90x at batch size 1."
+    )
+    assert verdict(result_of(slower)) == text
+    unsure = dataclasses.replace(slower, latency_speed_up_interval=(0.8, 1.1))
+    assert "at batch size 1" not in verdict(result_of(unsure))
+    assert "at batch size 1" not in verdict(result_of(slower, batch_size=1))
+
+
+def test_an_unpatched_model_at_chance_has_no_accuracy_to_keep():
+    guessing = dataclasses.replace(UNPATCHED, top1=0.11)
+    text = verdict(result_of(row(top1=0.11, difference=0.0), unpatched=guessing, num_classes=10))
+    assert text.startswith("Keep rate 0.7 gives the same prediction for 99.6 % of the images")
+    assert text.endswith(
+        "The unpatched model is no better than chance, with 11.0% of the images right: are the labels those of its "
+        "classes?"
+    )
+    better = dataclasses.replace(UNPATCHED, top1=0.13)
+    assert "of the accuracy" in verdict(result_of(row(top1=0.13, difference=0.0), unpatched=better, num_classes=10))
+
+
+def test_of_random_weights_only_the_speed_is_said():
+    said = "The weights are random: what merging costs trained ones was not measured."
+    result = result_of(row(0.7, speed_up=1.4, difference=0.0), row(0.5, speed_up=1.8), trained=False)
+    assert verdict(result) == f"Keep rate 0.5 runs at 1.80x the speed; what it costs was not measured. {said}"
+    result = result_of(*without([row()], SPEED), trained=False)
+    assert verdict(result) == f"Nothing can be said of the accuracy of random weights. {said}"
+
+
+def test_what_may_be_wrong_with_the_images_is_in_the_verdict():
+    assert verdict(result_of(row(), warnings=("Labels are numbers.",))).endswith("the speed. Labels are numbers.")
+
+
+def test_a_setting_of_several_rates_is_named_by_them():
+    setting = dataclasses.replace(row(), keep_rate=None, setting="0.9, 0.7, 0.5")
+    assert verdict(result_of(setting)).startswith("Setting 0.9, 0.7, 0.5 keeps 99.8 % of the accuracy")
+    assert cells(format_table(result_of(setting)).splitlines()[3])[1] == "0.9, 0.7, 0.5"
 
 
 def test_if_only_what_costs_too_much_is_faster_the_verdict_says_both():
@@ -313,7 +383,7 @@ def test_the_tables_of_cost_and_loss_are_aligned_markdown_with_a_line_for_each_r
     for lines in (cost, lost):
         assert len(lines) == 5
         assert len({len(line) for line in lines}) == 1
-        assert len(lines[0]) < 125
+        assert len(lines[0]) < 130
         assert all(line.startswith("|") and line.endswith("|") for line in lines)
         assert cells(lines[4])[:2] == ["tome", "0.7"]
     assert cells(cost[4])[2:] == ["2.800", "30.0%", "150", "1.50x", "105%", "13.3", "1.50x", "210"]
@@ -344,8 +414,10 @@ def test_json_keeps_the_errors_of_tokens_and_takes_results_written_before_there_
     assert from_json(to_json(result)) == result
     values = json.loads(to_json(result_of(row())))
     for old in values["rows"]:
-        for name in ("patch_error", "class_error", "head_change"):
+        for name in ("patch_error", "class_error", "head_change", "setting", "config", "speed_up_interval"):
             del old[name]
+    for name in ("trained", "num_classes", "warnings", "rounds", "date", "checkpoint", "compiled"):
+        del values[name]
     assert from_json(json.dumps(values)) == result_of(row())
 
 
@@ -385,7 +457,11 @@ def test_csv_has_a_column_for_each_number_and_is_empty_where_there_is_none():
     merge = table[1]
     assert (merge["speed_up"], merge["keep_rate"], float(merge["top1"])) == ("", "0.7", 0.798)
     assert (float(merge["top1_low"]), float(merge["top1_high"])) == pytest.approx((-0.005, 0.001))
-    assert set(merge) == {f.name for f in dataclasses.fields(TrialRow)} - {"top1_interval"} | {"top1_low", "top1_high"}
+    names = {f.name for f in dataclasses.fields(TrialRow)}
+    intervals = {name for name in names if name.endswith("_interval")}
+    ends = {name.replace("interval", end) for name in intervals for end in ("low", "high")}
+    assert {"top1_low", "speed_up_high"} <= ends
+    assert set(merge) == names - intervals | ends
     assert table[1] == list(csv.DictReader(io.StringIO(to_csv(without_labels(*without([row()], SPEED))))))[1] | {
         name: merge[name] for name in ("top1", "top5", "top1_difference", "top1_low", "top1_high")
     }
@@ -508,7 +584,8 @@ def test_any_result_has_a_report_and_a_chart(tmp_path, result):
 
 def test_the_title_of_the_chart_fits_onto_it(tmp_path):
     errors = {"patch_error": 0.081, "head_change": 0.0112}
-    for result in (without_classes(row(0.8, **errors)), result_of(row(0.9, difference=-0.021)), full_result()):
+    wide = result_of(row(), data="MMMMMMM WWWW " * 8, warnings=("MMMMMMM WWWW " * 8,))
+    for result in (without_classes(row(0.8, **errors)), result_of(row(0.9, difference=-0.021)), full_result(), wide):
         write_png(result, tmp_path / "chart.png")
         with Image.open(tmp_path / "chart.png") as chart:
             assert np.asarray(chart.convert("L"))[:, -12:].min() == 255
@@ -533,7 +610,7 @@ def test_without_matplotlib_the_error_names_the_extra(monkeypatch, tmp_path):
         lambda: write_html(full_result(), [], tmp_path / "report.html"),
         lambda: write_png(full_result(), tmp_path / "chart.png"),
     ):
-        with pytest.raises(MissingExtraError, match=re.escape('pip install "token-merge-plugin[charts]"')) as error:
+        with pytest.raises(MissingExtraError, match=r"pip install matplotlib\..*clone.*\[charts\]") as error:
             write()
         assert isinstance(error.value, TokenMergeError)
     assert list(tmp_path.iterdir()) == []
@@ -561,7 +638,7 @@ def browser():
 @pytest.fixture
 def open_page(browser, page):
     """Opens the report with options of the browser, and holds it to having no errors and asking for no other file."""
-    complaints, requests, contexts = [], [], []
+    complaints, requests, contexts, opened_pages = [], [], [], set()
 
     def opened(path=page, **options):
         contexts.append(browser.new_context(**options))
@@ -569,6 +646,7 @@ def open_page(browser, page):
         tab.on("console", lambda message: complaints.append(message.text))
         tab.on("pageerror", lambda error: complaints.append(str(error)))
         tab.on("request", lambda request: requests.append(request.url))
+        opened_pages.add(path.as_uri())
         tab.goto(path.as_uri())
         return tab
 
@@ -576,7 +654,7 @@ def open_page(browser, page):
     for context in contexts:
         context.close()
     assert complaints == []
-    assert {url for url in requests if not url.startswith("data:")} == {page.as_uri()}
+    assert {url for url in requests if not url.startswith("data:")} == opened_pages
 
 
 def test_the_browser_shows_the_verdict_as_the_headline(open_page):
@@ -584,7 +662,58 @@ def test_the_browser_shows_the_verdict_as_the_headline(open_page):
     headline = tab.get_by_role("heading", level=1)
     assert headline.inner_text() == verdict(full_result())
     assert headline.is_visible()
+    assert not tab.locator(".caveat").count()
     assert tab.title() == "Token merging: vit_small_patch16_224"
+
+
+def test_the_headline_is_one_sentence_with_the_caveats_under_it(tmp_path):
+    result = result_of(row(), images=50, total_images=90, warnings=("Labels may be wrong.",))
+    write_html(result, [], tmp_path / "report.html")
+    text = (tmp_path / "report.html").read_text()
+    assert '<h1 id="verdict">Keep rate 0.7 keeps 99.8 % of the accuracy at 1.50x the speed.</h1>' in text
+    shown = re.findall(r'<p class="caveat">(.*)</p>', text)
+    assert shown == caveats(result)
+    assert shown[1:] == ["Labels may be wrong.", "50 images are too few to be sure."]
+
+
+def test_the_report_says_what_to_do_next_and_how_it_was_measured(tmp_path):
+    measured = {"date": "2026-01-31", "rounds": 20, "checkpoint": "mine.pth", "compiled": True}
+    write_html(result_of(row(config='{"keep_rate": 0.5}', keep_rate=0.5), **measured), [], tmp_path / "report.html")
+    text = (tmp_path / "report.html").read_text()
+    assert "token_merge_plugin.apply(model, 0.5)" in text
+    assert "token-merge run --keep-rate 0.5 your_script.py" in text
+    for fact in ("2026-01-31", "at most 20 rounds", "mine.pth", "of compiled models", "up to 0.5 points of top-1"):
+        assert fact in text
+    assert "<strong>1.50x</strong> <span>at batch size 1</span>" in text
+    config = MergeConfig({2: 0.7, 5: 0.5})
+    setting = dataclasses.replace(row(), keep_rate=None, setting="0.7, 0.5", config=config.to_json())
+    write_html(result_of(setting), [], tmp_path / "report.html")
+    code = html.unescape((tmp_path / "report.html").read_text()).split("<pre><code>")
+    applied, environment = (part.split("</code>")[0] for part in code[1:3])
+    argument = applied.splitlines()[-1].removeprefix("token_merge_plugin.apply(model, ").removesuffix(")")
+    given = eval(argument, {"token_merge_plugin": token_merge_plugin})
+    assert given.to_json() == config.to_json()
+    assert environment.startswith("TOKEN_MERGE_OPTIONS='{")
+    write_html(result_of(row(difference=-0.1)), [], tmp_path / "report.html")
+    assert "What to do next" not in (tmp_path / "report.html").read_text()
+
+
+def test_labels_of_the_chart_cover_no_point_and_no_other_label():
+    close = [row(0.9 - number / 50, speed_up=1.3 + number / 200, difference=-0.001) for number in range(8)]
+    for result in (full_result(), result_of(*close)):
+        with _own_style():
+            figure = _chart(result, (760, 430))
+            renderer = FigureCanvasAgg(figure).get_renderer()
+            figure.draw_without_rendering()
+            (axes,) = figure.axes
+            boxes = [text.get_window_extent(renderer) for text in axes.texts]
+            places = axes.transData.transform(
+                [(p.speed_up, p.difference) for series in _points(result).values() for p in series]
+            )
+        assert boxes
+        for index, box in enumerate(boxes):
+            assert not box.count_overlaps(boxes[:index] + boxes[index + 1 :])
+            assert not any(box.contains(*place) for place in places)
 
 
 def test_the_browser_shows_a_series_for_each_method(open_page):
@@ -594,9 +723,20 @@ def test_the_browser_shows_a_series_for_each_method(open_page):
         assert tab.locator(f"#series-{method} use").count() == 3  # a marker for each keep rate
         assert tab.locator("#chart-heading ~ .chart .wide text", has_text=re.compile(f"^{method}$")).is_visible()
     assert tab.locator("#unpatched").is_visible()
+    assert tab.locator("#series-tome use title").all_text_contents()[1].startswith("tome, keep rate 0.7: 1.31x, -0.18 ")
     chart = tab.get_by_role("img", name=verdict(full_result()))
     assert chart.count() == 1  # the narrow one is hidden
     assert "Method tome: keep rate" in chart.locator("desc").text_content()
+
+
+def test_the_browser_folds_away_all_but_four_pictures(open_page, tmp_path, pictures):
+    path = tmp_path / "report.html"
+    write_html(full_result(), pictures[:6], path)
+    tab = open_page(path)
+    shown = tab.locator("article.picture")
+    assert [shown.nth(number).is_visible() for number in range(6)] == [True] * 4 + [False] * 2
+    tab.get_by_text("2 more").click()
+    assert shown.nth(5).is_visible()
 
 
 def test_the_browser_shows_every_picture(open_page):
@@ -612,19 +752,20 @@ def test_the_browser_shows_every_picture(open_page):
 
 def test_the_browser_shows_the_numbers_with_the_recommended_row_and_the_best_marked(open_page):
     tab = open_page()
-    rows = tab.get_by_role("row")
-    assert rows.count() == 1 + 1 + 21
+    tables = tab.get_by_role("table")
+    assert tables.count() == 2
+    assert [tables.nth(number).get_by_role("row").count() for number in range(2)] == [1 + 1 + 21] * 2
     best = best_row(full_result())
-    recommended = rows.filter(has_text="recommended")
-    assert recommended.count() == 1
-    assert recommended.locator("td").first.inner_text() == f"{best.keep_rate:g}"
-    speed_up = tab.locator("thead th").all_inner_texts().index("speed-up")
-    columns = tab.locator(f"tbody tr > :nth-child({speed_up + 1})")
+    recommended = tab.get_by_role("row").filter(has_text="recommended")
+    assert recommended.count() == 2
+    assert recommended.first.locator("td").first.inner_text() == f"{best.keep_rate:g}"
+    titles = [text.split("\n")[0] for text in tab.locator("thead th").all_inner_texts()]
+    assert titles[:5] == ["method", "keep rate", "speed-up [95 %]", "at batch 1", "difference [95 %]"]
+    columns = tables.first.locator("tbody tr > :nth-child(3)")
     marked = columns.evaluate_all("all => all.map(cell => cell.className == 'best')")
     assert marked == [False] + [*[False] * 6, True] * 3  # "random" is the fastest at each keep rate
-    assert tab.locator(".glossary dt").all_inner_texts() == [
-        text.split("\n")[0] for text in tab.locator("thead th").all_inner_texts()
-    ]
+    second = titles.index("method", 1)
+    assert tab.locator(".glossary dt").all_inner_texts() == titles[:second] + titles[second + 2 :]
 
 
 def test_the_browser_shows_what_was_refused_unreadable_and_how_to_run_it_again(open_page):
@@ -635,12 +776,16 @@ def test_the_browser_shows_what_was_refused_unreadable_and_how_to_run_it_again(o
     assert tab.get_by_text("torch 2.15.0, timm 1.0.31").is_visible()
 
 
-@pytest.mark.parametrize("width", [320, 375, 768])
-def test_nothing_but_the_table_is_wider_than_a_narrow_screen(open_page, width):
+@pytest.mark.parametrize("width", [320, 390, 768, 1280])
+def test_nothing_is_wider_than_the_screen_nor_cut_off(open_page, width):
     tab = open_page(viewport={"width": width, "height": 800})
     assert tab.evaluate("document.documentElement.scrollWidth") == width
-    table = tab.get_by_role("region", name="The table of all numbers")
-    assert table.evaluate("region => region.scrollWidth > region.clientWidth && region.tabIndex == 0")
+    cells = tab.locator("tbody td, tbody th")
+    assert all(cells.evaluate_all("all => all.map(cell => cell.scrollWidth <= cell.clientWidth + 1)"))
+    right = cells.evaluate_all("all => Math.max(...all.map(cell => cell.getBoundingClientRect().right))")
+    assert right <= width
+    title = tab.locator("td").nth(1).evaluate("cell => getComputedStyle(cell, '::before').content")
+    assert (title == '"speed-up [95 %]"') == (width < 1000)  # a card for each row, where columns have no room
 
 
 def test_a_phone_gets_a_chart_of_its_own_with_letters_that_can_be_read(open_page):

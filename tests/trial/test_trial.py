@@ -1,5 +1,6 @@
 """The built-in model and images, and the trial: what it measures, and how it stops and goes on."""
 
+import copy
 import ctypes
 import gzip
 import json
@@ -22,6 +23,7 @@ from token_merge_plugin.trial.counting import count_macs, equal_compute
 from token_merge_plugin.trial.images import Tensors
 from token_merge_plugin.trial.measuring import keep_freed_memory, peak_memory, time_in_turns
 from token_merge_plugin.trial.run import evaluate, run_trial
+from token_merge_plugin.trial.speed import median_interval
 from token_merge_plugin.trial.tracing import trace
 
 FAST = {"rounds": 1, "seconds": 0.0}
@@ -85,9 +87,14 @@ def test_the_defaults_keep_the_accuracy_of_the_built_in_model(result):
 
 
 def test_every_row_has_every_number(result):
-    dense = {"patch_error", "class_error", "head_change"}
+    others = {"patch_error", "class_error", "head_change", "setting"}
+    unpatched = result.rows[0]
     for row in result.rows[1:]:
-        assert {name for name, value in vars(row).items() if value is None} == dense
+        assert {name for name, value in vars(row).items() if value is None} == others
+        assert row.speed_up_interval[0] <= row.speed_up <= row.speed_up_interval[1]
+        assert row.images_per_second == pytest.approx(row.speed_up * unpatched.images_per_second)
+        assert row.latency == pytest.approx(unpatched.latency / row.latency_speed_up)
+        assert MergeConfig.from_json(row.config).method == row.method
         assert row.ideal_share == pytest.approx(row.speed_up * (1 - row.reduction))
 
 
@@ -203,7 +210,7 @@ def test_a_trial_needs_a_label_for_each_image(labels):
 
 @pytest.mark.parametrize(
     ("keep_rates", "methods", "message"),
-    [((2.0,), ("merge",), "outside"), (((0.9, 0.5),), ("merge",), "floats"), ((0.7,), ("magic",), "not known")],
+    [((2.0,), ("merge",), "outside"), (((0.9, 0.5),), ("merge",), "2 numbers for"), ((0.7,), ("magic",), "not known")],
 )
 def test_a_trial_with_a_bad_setting_is_refused(keep_rates, methods, message):
     with pytest.raises(ConfigError, match=message):
@@ -276,7 +283,7 @@ def test_a_log_is_json_lines_and_survives_a_cut_at_its_end(tmp_path):
 def test_results_of_another_trial_are_not_mixed_in(tmp_path):
     log, model = tmp_path / "trial.jsonl", make()
     run_trial(model, tensors(), (0.5,), log=log, **FAST)
-    with pytest.raises(ConfigError, match="another trial: it differs in contenders"):
+    with pytest.raises(ConfigError, match="other work: it differs in contenders"):
         run_trial(model, tensors(), (0.6,), log=log, **FAST)
     torch.manual_seed(1)
     torch.nn.init.normal_(model.head.weight)
@@ -324,6 +331,48 @@ def test_one_setting_is_evaluated_as_in_a_trial():
     assert (row.method, row.keep_rate) == ("tome", None)
 
 
+def test_the_interval_of_a_median_is_that_of_the_sign_test():
+    values = [float(value) for value in range(20)]
+    assert median_interval(values[::-1]) == (5.0, 14.0)  # the ranks 6 and 15 of 20, as in tables
+    assert median_interval(values[:6]) == (0.0, 5.0)
+    assert median_interval(values[:3]) == (0.0, 2.0)
+    assert median_interval([7.0]) == (7.0, 7.0)
+    generator = torch.Generator().manual_seed(0)
+    draws = torch.rand(2000, 20, generator=generator).tolist()
+    covered = sum(low <= 0.5 <= high for low, high in map(median_interval, draws))
+    assert 0.945 < covered / len(draws) < 0.975
+
+
+def test_images_that_the_model_does_not_take_are_an_error_of_our_own():
+    for images in (torch.randn(2, 3, 33, 32), torch.randn(2, 1, 32, 32), torch.zeros(2, 3, 32, 32, dtype=torch.uint8)):
+        for work in (
+            lambda data: run_trial(make(), data, (0.5,), **FAST),
+            lambda data: evaluate(make(), data, MergeConfig()),
+        ):
+            with pytest.raises(DataError, match="VisionTransformer, unpatched, does not take images"):
+                work(Tensors(images))
+
+
+def test_the_name_of_a_patched_model_is_that_of_its_original_class():
+    assert run_trial(apply(make(), 0.5), tensors(2), (0.5,), **FAST).model == "VisionTransformer"
+    assert evaluate(apply(make(), 0.5), tensors(), MergeConfig(0.5)).model == "VisionTransformer"
+
+
+def test_a_fusion_that_was_trained_is_measured_and_not_a_new_one():
+    model, x = apply(make(), 0.5, multi_scale="learned"), make_images(6)
+    for name, value in model.state_dict().items():
+        if name.endswith("token_merge_fusion.gates"):
+            value.fill_(1.0)
+    config = MergeConfig(0.5, multi_scale="learned")
+    with torch.inference_mode():
+        expected = model.eval()(x).log_softmax(1)
+        unpatched = remove(copy.deepcopy(model))(x).log_softmax(1)
+    kl = torch.nn.functional.kl_div(expected, unpatched, log_target=True, reduction="batchmean").item()
+    assert evaluate(model, Tensors(x), config).rows[1].kl == pytest.approx(kl, rel=1e-4)
+    assert run_trial(model, Tensors(x), (config,), **FAST).rows[1].kl == pytest.approx(kl, rel=1e-4)
+    assert evaluate(make(), Tensors(x), config).rows[1].kl != pytest.approx(kl, rel=1e-4)
+
+
 def test_contenders_are_timed_in_turns():
     model, order = make().eval(), []
     model.register_forward_pre_hook(lambda module, args: order.append(type(module).__name__))
@@ -333,6 +382,28 @@ def test_contenders_are_timed_in_turns():
     assert all(len({*pair}) == 2 for pair in zip(order[::2], order[1::2], strict=True))
     few = time_in_turns(model, [None], make_images(2), rounds=100, seconds=0)
     assert len(few[0]) == 3
+
+
+def test_compiled_copies_are_timed_and_the_model_is_left_alone(monkeypatch):
+    compiled = []
+
+    def eager(model, **options):
+        compiled.append(type(model.blocks[3]).__name__)
+        return compile(model, backend="eager", **options)
+
+    compile, model = torch.compile, make().eval()
+    monkeypatch.setattr(torch, "compile", eager)
+    times = time_in_turns(model, [None, MergeConfig(0.5)], make_images(2), rounds=1, seconds=0, compiled=True)
+    assert [len(part) for part in times] == [1, 1]
+    assert compiled == ["Block", "TokenMergeBlock"]
+    assert type(model).__name__ == "VisionTransformer"
+
+    def broken(model, **options):
+        raise RuntimeError("no compiler is there.")
+
+    monkeypatch.setattr(torch, "compile", broken)
+    with pytest.raises(ConfigError, match="cannot be compiled here: no compiler is there"):
+        time_in_turns(model, [None], make_images(2), compiled=True)
 
 
 def test_glibc_is_asked_to_keep_memory_and_others_are_left_alone(monkeypatch):

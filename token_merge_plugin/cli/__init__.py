@@ -2,30 +2,39 @@
 
 import argparse
 import logging
+import os
 import shlex
 import sys
 import traceback
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 from token_merge_plugin import __version__
-from token_merge_plugin.cli import bench, calibrate, evaluate, list, run, show, trial
+from token_merge_plugin.cli import bench, calibrate, evaluate, list, report, run, show, trial
 from token_merge_plugin.cli.options import EXIT_CODES
 from token_merge_plugin.errors import TokenMergeError
 from token_merge_plugin.pipelines import uninstall
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command with these arguments; return its exit code: 0, 2 for bad input, or 130 for Ctrl-C."""
+    """Run the command with these arguments; return its exit code, see `EXIT_CODES`."""
     argv = sys.argv[1:] if argv is None else [*argv]
     args = _parser().parse_args(argv)
     args.command_line = shlex.join(["token-merge", *argv])
     uninstall()  # what the environment asks for is for scripts; here it would patch the unpatched model
     logging.getLogger("timm").setLevel(logging.INFO if args.verbose else logging.ERROR)
+    if int(os.environ.get("RANK", 0)) and args.command not in ("evaluate", "run"):
+        return 0  # one of several processes: these two share their work out, the others are done by the first
     try:
-        with _short_warnings():
-            return args.run(args) or 0
+        # The warnings of a script are its own.
+        with nullcontext() if args.command == "run" else _short_warnings():
+            code = args.run(args) or 0
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # `| head` has seen enough; what is left in the buffer has nowhere to go
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141  # as a shell has it of a program that SIGPIPE ended
     except TokenMergeError as error:
         if args.verbose:
             traceback.print_exc()
@@ -55,6 +64,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for command in (trial, evaluate, calibrate, bench, show, list, run):
+    for command in (trial, evaluate, report, calibrate, bench, show, list, run):
         command.add(commands)
     return parser

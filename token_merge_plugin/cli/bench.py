@@ -1,6 +1,8 @@
 """`token-merge bench`: speed alone."""
 
 import argparse
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,12 +14,18 @@ from token_merge_plugin.cli.options import (
     add_contender_options,
     add_device_options,
     add_model_options,
+    asked_settings,
+    check_outputs,
+    is_trained,
     load,
     positive,
+    shows_progress,
+    write_text,
 )
 from token_merge_plugin.trial.images import Tensors
 from token_merge_plugin.trial.measuring import keep_freed_memory
 from token_merge_plugin.trial.models import data_config
+from token_merge_plugin.trial.results import TrialResult, csv_of_all, json_of_all
 from token_merge_plugin.trial.run import device_name, run_trial, versions
 from token_merge_plugin.trial.table import format_table
 
@@ -38,29 +46,45 @@ def add(commands: Any) -> None:
     add_device_options(parser, batch_size=False)
     parser.add_argument("--batch-sizes", type=positive, nargs="+", default=[8], metavar="N")
     parser.add_argument("--rounds", type=positive, default=20, help="of each setting (default: 20)")
+    parser.add_argument("--compile", action="store_true", help="time compiled models")
+    group = parser.add_argument_group("results")
+    group.add_argument("--json", type=Path, metavar="FILE", help="a list with the result of each batch size")
+    group.add_argument("--csv", type=Path, metavar="FILE", help="a line for each batch size and setting")
 
 
 def _bench(args: argparse.Namespace) -> int:
+    check_outputs(args.json, args.csv)
     keep_freed_memory()
     model = load(args)
+    settings, methods = asked_settings(args, model)
     size = data_config(model, img_size=args.img_size)["input_size"]
-    print(f"{args.model or BUILTIN}, {args.amp or 'float32'}, {device_name(args.device)}")
+    compiled = ", compiled" if args.compile else ""
+    print(f"{args.model or BUILTIN}, {args.amp or 'float32'}, {device_name(args.device)}{compiled}")
     print(", ".join(f"{name} {version}" for name, version in versions().items()))
+    results: list[TrialResult] = []
     for batch_size in args.batch_sizes:
         images = torch.randn(batch_size, *size, device=args.device)
         result = run_trial(
             model,
             Tensors(images, batch_size=batch_size),
-            args.keep_rates,
-            args.methods,
+            settings,
+            methods,
+            name=args.model or BUILTIN,
             dtype=DTYPES[args.amp or "float32"],
             accuracy=False,
+            trained=is_trained(args),
+            compiled=args.compile,
             rounds=args.rounds,
             seconds=float("inf"),
-            progress=not args.quiet,
-            **({"stages": args.stages} if args.stages else {}),
+            command=args.command_line,
+            progress=shows_progress(args),
         )
+        results.append(replace(result, checkpoint=str(args.checkpoint or "")))
         print(f"\nbatch {result.batch_size}\n\n{format_table(result)}")
         if result.images < result.total_images:
-            raise KeyboardInterrupt
-    return 0
+            break
+    if args.json:
+        write_text(args.json, json_of_all(results))
+    if args.csv:
+        write_text(args.csv, csv_of_all(results))
+    return 130 if result.images < result.total_images else 0

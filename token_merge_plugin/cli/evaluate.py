@@ -2,6 +2,8 @@
 
 import argparse
 import os
+import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +18,13 @@ from token_merge_plugin.cli.options import (
     add_device_options,
     add_model_options,
     asked_config,
+    check_outputs,
+    is_trained,
     load,
     open_images,
+    shows_progress,
+    unfinished_log,
+    write_text,
 )
 from token_merge_plugin.cli.printing import print_result
 from token_merge_plugin.trial.results import to_json
@@ -43,6 +50,7 @@ def add(commands: Any) -> None:
 
 
 def _evaluate(args: argparse.Namespace) -> int:
+    check_outputs(args.json)
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if world_size > 1:
         if args.device.type == "cuda":
@@ -51,20 +59,32 @@ def _evaluate(args: argparse.Namespace) -> int:
         torch.distributed.init_process_group("nccl" if args.device.type == "cuda" else "gloo")
     try:
         model = load(args)
+        config = asked_config(args, model)
+        data = open_images(args, model, rank=rank, world_size=world_size)
+        log = unfinished_log(args, rank, world_size)
         result = evaluate(
             model,
-            open_images(args, model, rank=rank, world_size=world_size),
-            asked_config(args),
+            data,
+            config,
             name=args.model or BUILTIN,
             dtype=DTYPES[args.amp or "float32"],
+            trained=is_trained(args),
+            log=log,
             command=args.command_line,
-            progress=not args.quiet and rank == 0,
+            progress=shows_progress(args) and rank == 0,
         )
     finally:
         if world_size > 1:
             torch.distributed.destroy_process_group()
+    result = replace(result, checkpoint=str(args.checkpoint or ""))
+    interrupted = result.images < result.total_images
     if rank == 0:
         print_result(result)
         if args.json:
-            args.json.write_text(to_json(result), encoding="utf-8")
-    return 130 if result.images < result.total_images else 0
+            write_text(args.json, to_json(result))
+        if interrupted:
+            print(f"token-merge: interrupted. The same command goes on from here ({log}).", file=sys.stderr)
+    if interrupted:
+        return 130
+    log.unlink()
+    return 0

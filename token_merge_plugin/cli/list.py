@@ -10,11 +10,17 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from token_merge_plugin.cli.options import add_command
+from token_merge_plugin.cli.options import add_command, shows_progress
 from token_merge_plugin.config import METHODS
 from token_merge_plugin.errors import ConfigError
 from token_merge_plugin.patching import apply, models_by_adapter
 from token_merge_plugin.trial.counting import count_macs
+
+# Where the typical model of a family has no class token: one that has, and takes the methods that need it.
+WITH_CLASS_TOKEN = {
+    "ViT with relative position": "vit_relpos_medium_patch16_cls_224",
+    "NaFlexViT": "naflexvit_base_patch16_radio_v3",
+}
 
 
 def add(commands: Any) -> None:
@@ -39,7 +45,7 @@ def _list(args: argparse.Namespace) -> int:
         return 0
     models = sum(map(len, served.values()))
     total = models if args.all else len(served)
-    with tqdm(total=total, desc="counting", unit="model", leave=False, disable=args.quiet) as bar:
+    with tqdm(total=total, desc="counting", unit="model", leave=False, disable=not shows_progress(args)) as bar:
         rows = list_families(args.keep_rate, every_model=args.all, progress=bar.update)
     print(format_families(rows, args.keep_rate))
     print(
@@ -90,6 +96,9 @@ def list_families(
             full = count_macs(model, images)
             shares.append(count_macs(apply(model, keep_rate), images) / full)
             methods.update(method for method in METHODS if _takes(model, method))
+            if not every_model and adapter.family in WITH_CLASS_TOKEN:
+                other, _ = on_meta(WITH_CLASS_TOKEN[adapter.family])
+                methods.update(method for method in METHODS if _takes(other, method))
             if progress is not None:
                 progress(1)
         modules = tuple(module for module in adapter.timm_modules if module in timm.list_modules())

@@ -1,6 +1,10 @@
 """Options that several subcommands share, and what they ask for: a model, images, a config."""
 
 import argparse
+import os
+import sys
+from collections.abc import Iterable
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +14,13 @@ from torch import nn
 from token_merge_plugin.config import METHODS, MergeConfig
 from token_merge_plugin.errors import ConfigError, DataError, first_line
 from token_merge_plugin.trial.data import DEFAULT_WORKERS, Data, open_data
+from token_merge_plugin.trial.fusion import remembered, with_fusion
 from token_merge_plugin.trial.models import data_config, load_model
 
 BUILTIN = "the built-in ViT"
 # As timm's validate.py takes them, apart from the first.
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+KEEP_RATES = (0.9, 0.8, 0.7, 0.6, 0.5)
 EXIT_CODES = "exit codes: 0 done, 1 a failure, 2 bad input, 130 interrupted"
 
 
@@ -29,7 +35,7 @@ def add_command(commands: Any, name: str, run: Any, help: str, description: str,
     volume = parser.add_mutually_exclusive_group()
     volume.add_argument("-q", "--quiet", action="store_true", help="no progress bars")
     volume.add_argument("-v", "--verbose", action="store_true", help="timm's log, and tracebacks of errors")
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, command=name)
     return parser
 
 
@@ -48,7 +54,7 @@ def add_data_options(parser: Any) -> None:
     group = parser.add_argument_group("images (default: the built-in ones)")
     group.add_argument("--data", type=Path, metavar="FOLDER", help="images, in one folder a class or in none")
     group.add_argument("--dataset", default="", metavar="NAME", help="hfds/NAME, torch/NAME or wds/, as timm has them")
-    group.add_argument("--split", default="validation", metavar="NAME")
+    group.add_argument("--split", metavar="NAME", help="default: validation, if there are splits")
     group.add_argument("--class-map", type=Path, metavar="FILE", help="one folder name a line, in the classes' order")
     group.add_argument("--input-key", metavar="KEY", help="field of the image in hfds/ and wds/")
     group.add_argument("--target-key", metavar="KEY", help="field of the label in hfds/ and wds/")
@@ -58,7 +64,7 @@ def add_data_options(parser: Any) -> None:
     group.add_argument("--interpolation", metavar="NAME", help="as timm's validate.py")
     group.add_argument(
         "--workers",
-        type=int,
+        type=_not_negative,
         default=DEFAULT_WORKERS,
         metavar="N",
         help=f"processes that read images (default: {DEFAULT_WORKERS})",
@@ -76,7 +82,15 @@ def add_device_options(parser: Any, batch_size: bool = True) -> None:
 
 def add_contender_options(parser: Any) -> None:
     group = parser.add_argument_group("what is compared")
-    group.add_argument("--keep-rates", type=float, nargs="+", default=[0.9, 0.8, 0.7, 0.6, 0.5], metavar="RATE")
+    group.add_argument(
+        "--keep-rate",
+        "--keep-rates",
+        dest="keep_rates",
+        type=_rates,
+        nargs="+",
+        metavar="RATE",
+        help=f"settings, each one rate or one a stage: 0.7 0.9,0.7,0.5 (default: {' '.join(map(str, KEEP_RATES))})",
+    )
     group.add_argument(
         "--methods",
         nargs="+",
@@ -86,33 +100,51 @@ def add_contender_options(parser: Any) -> None:
         help=f"of {', '.join(METHODS)}, at equal multiply-adds (default: merge)",
     )
     group.add_argument("--stages", type=_blocks, metavar="BLOCKS", help="in which merge reduces tokens, such as 2,5,8")
+    group.add_argument(
+        "--config", type=Path, metavar="FILE", help="of token-merge calibrate, instead of rates and stages"
+    )
 
 
 def add_config_options(parser: Any) -> None:
-    group = parser.add_argument_group("what is applied")
+    group = parser.add_argument_group("what is applied (default: what the checkpoint was fine-tuned with, if anything)")
     group.add_argument(
-        "--keep-rate", type=_rates, default=0.7, metavar="RATE", help="one, or one a stage: 0.9,0.7,0.5 (default: 0.7)"
+        "--keep-rate", type=_rates, metavar="RATE", help="one, or one a stage: 0.9,0.7,0.5 (default: 0.7)"
     )
-    group.add_argument("--method", default="merge", choices=METHODS)
+    group.add_argument("--method", choices=METHODS, help="default: merge")
     group.add_argument("--r", type=int, metavar="TOKENS", help="of tome, instead of --keep-rate: merged in each block")
     group.add_argument("--stages", type=_blocks, metavar="BLOCKS", help="that reduce tokens, such as 2,5,8")
     group.add_argument("--config", type=Path, metavar="FILE", help="of token-merge calibrate, instead of all these")
 
 
-def _rates(text: str) -> float | list[float]:
-    rates = [float(rate) for rate in text.split(",")]
+def _rates(text: str) -> float | tuple[float, ...]:
+    try:
+        rates = tuple(float(rate) for rate in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no keep rate such as 0.7, nor one a stage: 0.9,0.7,0.5"
+        ) from None
     return rates[0] if len(rates) == 1 else rates
 
 
 def _blocks(text: str) -> list[int]:
-    return [int(block) for block in text.split(",")]
+    try:
+        return [int(block) for block in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} are no indices of blocks, such as 2,5,8") from None
 
 
 def positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not positive")
-    return value
+    return _whole_number(text, 1)
+
+
+def _not_negative(text: str) -> int:
+    return _whole_number(text, 0)
+
+
+def _whole_number(text: str, least: int) -> int:
+    if not text.isdecimal() or int(text) < least:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {least}")
+    return int(text)
 
 
 def _device(text: str) -> torch.device:
@@ -122,13 +154,49 @@ def _device(text: str) -> torch.device:
         raise argparse.ArgumentTypeError(f"{text} is not available: {first_line(error)}") from error
 
 
-def asked_config(args: argparse.Namespace) -> MergeConfig:
+def asked_config(args: argparse.Namespace, model: nn.Module | None = None) -> MergeConfig:
+    """Return the config that is asked for: by --config, by the options, or by the model's checkpoint.
+
+    Args:
+        model: whose checkpoint counts; None for none.
+    """
+    options = {name: getattr(args, name) for name in ("keep_rate", "method", "r", "stages")}
+    given = {name: value for name, value in options.items() if value is not None}
+    config = MergeConfig(0.7) if model is None else remembered(model).config or MergeConfig(0.7)
     if args.config is not None:
-        try:
-            return MergeConfig.from_json(args.config.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError) as error:
-            raise DataError(f"{args.config} cannot be read: {error}. Give a file of token-merge calibrate.") from error
-    return MergeConfig(args.keep_rate, method=args.method, r=args.r, stages=args.stages)
+        _refuse_beside_config(args, given)
+        config = _read_config(args.config)
+    elif given:
+        config = MergeConfig(given.pop("keep_rate", 0.7), **given)
+    return config if model is None else with_fusion(config, model)
+
+
+def asked_settings(args: argparse.Namespace, model: nn.Module) -> tuple[list[MergeConfig], list[str]]:
+    """Return the settings that methods are to be compared at, and the methods."""
+    if args.config is None:
+        stages = args.stages
+        settings = [MergeConfig(rate, stages=stages) for rate in args.keep_rates or KEEP_RATES]
+        methods = args.methods
+    else:
+        _refuse_beside_config(args, [name for name in ("keep_rates", "stages") if getattr(args, name) is not None])
+        settings = [_read_config(args.config)]
+        methods = [*dict.fromkeys([settings[0].method, *args.methods])]
+    return [with_fusion(setting, model) for setting in settings], methods
+
+
+def _refuse_beside_config(args: argparse.Namespace, given: Iterable[str]) -> None:
+    names = ["--keep-rate" if name.startswith("keep_rate") else f"--{name}" for name in given]
+    if names:
+        raise ConfigError(f"--config {args.config} says all of it: leave {' and '.join(names)} out, or leave it out.")
+
+
+def _read_config(path: Path) -> MergeConfig:
+    try:
+        return MergeConfig.from_json(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} cannot be read: {error}. Give a file of token-merge calibrate.") from error
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error} Give a file of token-merge calibrate.") from error
 
 
 def load(args: argparse.Namespace) -> nn.Module:
@@ -142,6 +210,10 @@ def load(args: argparse.Namespace) -> nn.Module:
         img_size=args.img_size,
         in_chans=args.in_chans,
     ).to(args.device)
+
+
+def is_trained(args: argparse.Namespace) -> bool:
+    return not args.no_pretrained or args.checkpoint is not None
 
 
 def open_images(args: argparse.Namespace, model: nn.Module, **shard: int) -> Data:
@@ -165,6 +237,62 @@ def open_images(args: argparse.Namespace, model: nn.Module, **shard: int) -> Dat
         device=args.device,
         **shard,
     )
+
+
+def check_outputs(*paths: Path | None) -> None:
+    """Raise now what would keep results from being written when all the work is done.
+
+    Args:
+        paths: of files that will be written, or replaced; None for none.
+    """
+    for path in paths:
+        if path is None:
+            continue
+        folder = path.resolve().parent
+        reason = None
+        if not folder.is_dir():
+            reason = f"there is no folder {path.parent}"
+        elif path.is_dir():
+            reason = "it is a folder"
+        elif not os.access(path if path.exists() else folder, os.W_OK):
+            reason = "there is no permission to"
+        if reason is not None:
+            raise DataError(f"{path} cannot be written: {reason}. Give another file.")
+
+
+def shows_progress(args: argparse.Namespace) -> bool:
+    """Return whether bars are shown: on a terminal, unless --quiet is given."""
+    return not args.quiet and sys.stderr.isatty()
+
+
+# What may differ when the same work is taken up again.
+_NOT_OF_THE_WORK = ("html", "png", "json", "csv", "output", "force", "log", "command_line", "run", "quiet", "verbose")
+
+
+def unfinished_log(args: argparse.Namespace, rank: int = 0, world_size: int = 1) -> Path:
+    """Return the file, in this folder, in which the same command finds what it measured before; say if it is there.
+
+    Args:
+        rank, world_size: each of several processes has a file of its own.
+    """
+    # `run` is a function: as text it has its address, which differs from process to process.
+    settings = {name: str(value) for name, value in vars(args).items() if name not in _NOT_OF_THE_WORK}
+    process = f"-{rank}-of-{world_size}" if world_size > 1 else ""
+    log = Path(f"token-merge-{args.command}-{sha256(repr(settings).encode()).hexdigest()[:8]}{process}.jsonl")
+    check_outputs(log)
+    say_going_on(log)
+    return log
+
+
+def say_going_on(log: Path) -> None:
+    if log.exists():
+        print(f"token-merge: going on from the results in {log}.", file=sys.stderr)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file of results, and say so."""
+    path.write_text(text, encoding="utf-8")
+    print(f"Written: {path}")
 
 
 def asked_batch_size(args: argparse.Namespace) -> int:

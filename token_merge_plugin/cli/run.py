@@ -14,16 +14,17 @@ def add(commands: Any) -> None:
         _run,
         "run an unmodified script whose timm models are to be patched",
         "Run a Python script, or a module, with timm.create_model wrapped: every supported model that it creates is\n"
-        "patched. Others pass with a warning. What follows the script's name is the script's own.",
+        "patched. Others pass as they are; one line at the end tells which. What follows the script's name is its own.",
         "  token-merge run --keep-rate 0.7 validate.py --model deit_small_patch16_224 --data-dir imagenet\n"
         "  token-merge run --method tome --r 13 -m my_package.train --epochs 3",
     )
     add_config_options(parser)
     parser.add_argument("-m", dest="module", action="store_true", help="SCRIPT is the name of a module")
+    parser.add_argument("--strict", action="store_true", help="exit with 1 if no model was patched")
     parser.add_argument("script", metavar="SCRIPT")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...")
 
 
 def _run(args: argparse.Namespace) -> int:
-    run_script(args.script, args.arguments, asked_config(args), module=args.module)
+    run_script(args.script, args.arguments, asked_config(args), module=args.module, strict=args.strict)
     return 0

@@ -2,7 +2,7 @@
 
 import argparse
 import sys
-from hashlib import sha256
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +17,23 @@ from token_merge_plugin.cli.options import (
     add_data_options,
     add_device_options,
     add_model_options,
+    asked_settings,
+    check_outputs,
+    is_trained,
     load,
     open_images,
+    say_going_on,
+    shows_progress,
+    unfinished_log,
 )
 from token_merge_plugin.cli.printing import print_result
-from token_merge_plugin.errors import DataError, UnsupportedModelError
-from token_merge_plugin.patching import apply, remove
+from token_merge_plugin.config import MergeConfig
+from token_merge_plugin.errors import UnsupportedModelError
+from token_merge_plugin.patching import remove
 from token_merge_plugin.trial.data import Data
 from token_merge_plugin.trial.drawing import Picture, picture_stages
-from token_merge_plugin.trial.judging import best_row
-from token_merge_plugin.trial.measuring import keep_freed_memory
+from token_merge_plugin.trial.judging import best_row, setting_of
+from token_merge_plugin.trial.measuring import keep_freed_memory, plan
 from token_merge_plugin.trial.report import require_charts, write_html, write_png
 from token_merge_plugin.trial.results import TrialResult, to_csv, to_json
 from token_merge_plugin.trial.run import run_trial
@@ -50,6 +57,7 @@ def add(commands: Any) -> None:
     add_model_options(parser)
     add_data_options(parser)
     add_device_options(parser)
+    parser.add_argument("--compile", action="store_true", help="measure the speed of compiled models")
     group = parser.add_argument_group("results")
     group.add_argument("--html", type=Path, metavar="FILE", help="the report, one file")
     group.add_argument("--png", type=Path, metavar="FILE", help="the chart of accuracy against speed")
@@ -65,25 +73,30 @@ def add(commands: Any) -> None:
 
 
 def _trial(args: argparse.Namespace) -> int:
-    _check_outputs(args)
+    if args.html or args.png:
+        require_charts()
+    check_outputs(args.html, args.png, args.json, args.csv, args.log)
     keep_freed_memory()
     model = load(args)
+    settings, methods = asked_settings(args, model)
     data = open_images(args, model)
-    log = args.log or _unfinished_log(args)
-    if log.exists():
-        print(f"token-merge: going on behind the results in {log}.", file=sys.stderr)
+    if args.log:
+        say_going_on(args.log)
+    log = args.log or unfinished_log(args)
     result = run_trial(
         model,
         data,
-        args.keep_rates,
-        args.methods,
+        settings,
+        methods,
         name=args.model or BUILTIN,
         dtype=DTYPES[args.amp or "float32"],
+        trained=is_trained(args),
+        compiled=args.compile,
         log=log,
         command=args.command_line,
-        progress=not args.quiet,
-        **({"stages": args.stages} if args.stages else {}),
+        progress=shows_progress(args),
     )
+    result = replace(result, checkpoint=str(args.checkpoint or ""))
     print_result(result)
     _write(args, model, data, result)
     if result.images < result.total_images:
@@ -92,23 +105,6 @@ def _trial(args: argparse.Namespace) -> int:
     if not args.log:
         log.unlink()
     return 0
-
-
-def _check_outputs(args: argparse.Namespace) -> None:
-    """Raise now what would go wrong with the results when all the work is done."""
-    if args.html or args.png:
-        require_charts()
-    for path in (args.html, args.png, args.json, args.csv, args.log):
-        if path is not None and not path.resolve().parent.is_dir():
-            raise DataError(f"{path} cannot be written: there is no folder {path.parent}.")
-
-
-def _unfinished_log(args: argparse.Namespace) -> Path:
-    """Return the file, in this folder, in which the same command finds what it measured before."""
-    # `run` is a function: as text it has its address, which differs from process to process.
-    others = ("html", "png", "json", "csv", "command_line", "run")
-    settings = {name: str(value) for name, value in vars(args).items() if name not in others}
-    return Path(f"token-merge-trial-{sha256(repr(settings).encode()).hexdigest()[:8]}.jsonl")
 
 
 def _write(args: argparse.Namespace, model: nn.Module, data: Data, result: TrialResult) -> None:
@@ -120,26 +116,26 @@ def _write(args: argparse.Namespace, model: nn.Module, data: Data, result: Trial
     if args.png:
         write_png(result, args.png)
     if args.html:
-        write_html(result, _pictures(model, data, result, args.quiet), args.html)
+        write_html(result, _pictures(model, data, result, shows_progress(args)), args.html)
     for path in filter(None, (args.html, args.png, args.json, args.csv)):
         print(f"Written: {path}")
 
 
-def _pictures(model: nn.Module, data: Data, result: TrialResult, quiet: bool, number: int = 12) -> list[Picture]:
+def _pictures(model: nn.Module, data: Data, result: TrialResult, progress: bool, number: int = 12) -> list[Picture]:
     """Draw what the recommended setting does to a dozen of the images; none if the model's tokens cannot be drawn."""
     row = best_row(result) or next((row for row in result.rows if row.keep_rate == 0.7), result.rows[-1])
-    if row.keep_rate is None:
+    if row.config is None:
         return []
-    apply(model, row.keep_rate, method=row.method)
+    plan(model, MergeConfig.from_json(row.config))
     step = max(1, len(data) // number)
     chosen = data.subset(data.indices[::step][:number])
     pictures = []
     try:
-        with tqdm(total=len(chosen), desc="pictures", unit="image", leave=False, disable=quiet) as bar:
+        with tqdm(total=len(chosen), desc="pictures", unit="image", leave=False, disable=not progress) as bar:
             for batch in chosen:
                 for image, index in zip(batch.images, batch.indices.tolist(), strict=True):
                     drawn = data.picture(index)
-                    caption = f"{data.filename(index)}: {row.method} at {row.keep_rate:g}"
+                    caption = f"{data.filename(index)}: {row.method} at {setting_of(row)}"
                     pictures.append(Picture(drawn, caption, picture_stages(drawn, trace(model, image[None]))))
                     bar.update()
     except UnsupportedModelError as error:

@@ -104,6 +104,8 @@ class Comparison:
                 self.unreadable = before + [name for name in self.data.unreadable if name not in before]
                 counts = {name: astuple(count) for name, count in self.counts.items()}
                 journal.write("accuracy", end=start, unreadable=self.unreadable, counts=counts)
+        # Behind the last batch there may be more that could not be read.
+        self.unreadable = before + [name for name in self.data.unreadable if name not in before]
 
     def _compared(self, configs: Iterable[MergeConfig | None], batch: Batch) -> list[Counts]:
         while True:
@@ -120,18 +122,19 @@ class Comparison:
             except torch.OutOfMemoryError:
                 self.batch_size = halved(min(self.batch_size, len(batch.images)))
 
-    def gather(self) -> None:
-        """Add up what all processes have counted, if there are several."""
+    def gather(self, interrupted: bool) -> bool:
+        """Add up what all processes have counted, if there are several; return whether any was interrupted."""
         if not torch.distributed.is_initialized():
-            return
+            return interrupted
         parts: list[Any] = [None] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(parts, (self.counts, self.data.unreadable, len(self.data)))
+        torch.distributed.all_gather_object(parts, (self.counts, self.unreadable, len(self.data), interrupted))
         self.counts = {}
-        for counts, _, _ in parts:
+        for counts, *_ in parts:
             for name, count in counts.items():
                 self.counts[name] = self.counts.get(name, Counts()).add(count)
-        self.unreadable = [name for _, unreadable, _ in parts for name in unreadable]
-        self.total = sum(total for _, _, total in parts)
+        self.unreadable = [name for _, unreadable, _, _ in parts for name in unreadable]
+        self.total = sum(total for _, _, total, _ in parts)
+        return any(stopped for *_, stopped in parts)
 
     def fields(self, contender: str) -> dict[str, Any]:
         """Return the fields of a `TrialRow` that were measured: none before the first batch."""

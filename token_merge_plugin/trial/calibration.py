@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from numbers import Integral
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -17,13 +18,14 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from token_merge_plugin.config import MergeConfig
-from token_merge_plugin.errors import ConfigError, DataError, first_line
+from token_merge_plugin.errors import ConfigError, counted
 from token_merge_plugin.patching import apply, remove, stage_choices
 from token_merge_plugin.trial.budgets import WORK, Budget, scheduled
-from token_merge_plugin.trial.dense import Head, evaluating_head
+from token_merge_plugin.trial.dense import Head, describe_head, evaluating_head
 from token_merge_plugin.trial.distances import Unpatched, paired_difference
 from token_merge_plugin.trial.images import AnyImages, collect_images
-from token_merge_plugin.trial.measuring import device_of, evaluating
+from token_merge_plugin.trial.journal import Journal
+from token_merge_plugin.trial.measuring import check_images, device_of, evaluating
 from token_merge_plugin.trial.schedules import PROBES, Shape, by_number, cheapest, moved, powers, regular
 
 # Standard errors that make a 95 % confidence interval.
@@ -64,7 +66,7 @@ class Calibration:
     def __str__(self) -> str:
         reached = (
             f"{self.left:.3f} of the {WORK[self.budget]} are left.\n"
-            f"Distance to the unpatched model ({self.measure}, mean of the {self.images} images given): "
+            f"Distance to the unpatched model ({self.measure}, mean of the {counted(self.images, 'image')} given): "
             f"{self.distance:.4f}; "
         )
         if self.difference is None:
@@ -88,6 +90,7 @@ def calibrate(
     batch_size: int = 50,
     seed: int = 0,
     progress: bool = False,
+    log: str | Path | None = None,
     report: Callable[[Calibration], Any] | None = None,
     **options: Any,
 ) -> MergeConfig:
@@ -111,6 +114,8 @@ def calibrate(
         batch_size: images a forward pass.
         seed: of the moves. The same seed gives the same schedule; for "latency", as far as times repeat.
         progress: show a bar.
+        log: file to which what was measured is added as JSON lines. A calibration that finds lines of its own there
+            goes on from them, to the same schedule.
         report: called with what was reached, a `Calibration`. `report=print` prints it.
         options: further fields of `MergeConfig`, for "merge". An option that is given is not chosen.
 
@@ -118,7 +123,7 @@ def calibrate(
         A config whose `keep_rate` is a mapping {block: rate}; see `MergeConfig.to_json`.
 
     Raises:
-        ConfigError: an option is not allowed, or no schedule leaves so little.
+        ConfigError: an option is not allowed, no schedule leaves so little, or the log is another calibration's.
         DataError: there are no images, or they are not what the model takes.
         UnsupportedModelError, PatchStateError: as `apply`.
     """
@@ -132,10 +137,20 @@ def calibrate(
     with evaluating(model), evaluating_head(head), torch.inference_mode():
         try:
             first = batches[0].to(device_of(model))
-            _check_images(model, first[:1])
-            search = _Search(Unpatched(model, batches, head), Budget(model, first, budget, target), sections)
+            check_images(model, first[:1])
+            about = {
+                "model": type(model).__name__,
+                "parameters": sum(p.detach().double().sum().item() for p in model.parameters()),
+                "images": [sum(map(len, batches)), *first.shape[1:], sum(b.double().sum().item() for b in batches)],
+                "asked": [target, budget, moves, batch_size, seed, base.to_json(), head and describe_head(head)],
+                "device": str(first.device),
+                "torch": torch.__version__,
+            }
             alternatives = [alternative for alternative in ALTERNATIVES if alternative[0] not in options]
-            found = search.run(base, default, alternatives, moves, seed, progress)
+            with Journal(log, about) as journal:
+                work = Budget(model, first, budget, target, journal)
+                search = _Search(Unpatched(model, batches, head), work, sections, journal)
+                found = search.run(base, default, alternatives, moves, seed, progress)
         finally:
             remove(model)
     if report is not None:
@@ -156,19 +171,6 @@ def _check_request(target: object, budget: object, **numbers: object) -> None:
             raise ConfigError(f"{name}={number!r} is not a whole number of at least {least}.")
 
 
-def _check_images(model: nn.Module, image: Tensor) -> None:
-    """Refuse images that the unpatched model does not take: of another size, number of channels or dtype."""
-    try:
-        model(image)
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:  # every model has its own
-        raise DataError(
-            f"{type(model).__name__}, unpatched, does not take images {list(image.shape[1:])} of {image.dtype}: "
-            f"{first_line(error).rstrip('.')}. Prepare them as timm.data.resolve_model_data_config says for the model."
-        ) from error
-
-
 class _Measured(NamedTuple):
     """A schedule, the config that its other options are from, and how far it moves the output of each image."""
 
@@ -184,8 +186,9 @@ class _Measured(NamedTuple):
 class _Search:
     """Looks for the config that moves the outputs the least within the budget."""
 
-    def __init__(self, unpatched: Unpatched, budget: Budget, sections: Sequence[range]):
-        self.unpatched, self.budget, self.sections = unpatched, budget, sections
+    def __init__(self, unpatched: Unpatched, budget: Budget, sections: Sequence[range], journal: Journal):
+        self.unpatched, self.budget, self.sections, self.journal = unpatched, budget, sections, journal
+        self.known = {entry["config"]: torch.tensor(entry["distances"]) for entry in journal.of("distances")}
         self.blocks = [block for section in sections for block in section]
 
     def run(
@@ -219,9 +222,14 @@ class _Search:
         return {place: self._measured(schedule, base) for place, schedule in met.items()}
 
     def _measured(self, schedule: dict[int, float], base: MergeConfig) -> _Measured:
-        apply(self.budget.model, scheduled(base, schedule))
+        config = scheduled(base, schedule)
+        apply(self.budget.model, config)  # also where it is known: a model may refuse an option
+        distances = self.known.get(config.to_json())
+        if distances is None:
+            distances = self.unpatched.distances()
+            self.journal.write("distances", config=config.to_json(), distances=distances.tolist())
         self.bar.update()
-        return _Measured(schedule, base, self.unpatched.distances())
+        return _Measured(schedule, base, distances)
 
     def _with_option(self, best: _Measured, option: str, value: Any, errors: float) -> _Measured:
         """Try the best schedule with another option; models that do not take it keep what they have."""

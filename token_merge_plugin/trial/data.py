@@ -2,8 +2,9 @@
 
 With the models of `models.py`, the path is that of timm's validate.py: `create_model`, `load_checkpoint`,
 `resolve_input_data_config`, `create_dataset` and `create_loader`. So an unpatched model has the accuracy here that
-validate.py prints for it. Two things differ: an image that cannot be read is named and left out, where timm puts its
-neighbour in its place, and the images shared among several processes are never padded with duplicates.
+validate.py prints for it. What differs: an image that cannot be read is named and left out, where timm puts its
+neighbour in its place; images of 16 bits are scaled to 8, where Pillow cuts them off; more kinds of files are taken
+from folders; and the images shared among several processes are never padded with duplicates.
 """
 
 import copy
@@ -11,6 +12,7 @@ import importlib.util
 import operator
 import os
 import random
+import re
 import tarfile
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,6 +21,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import numpy as np
 import torch
 from PIL import Image
 from timm.data import create_dataset, create_loader, create_transform, get_img_extensions
@@ -29,7 +32,15 @@ from torch.utils.data import Dataset, IterableDataset
 from torchvision.transforms.functional import to_pil_image
 
 from token_merge_plugin.builtin import CLASSES, FOLDER, load_pixels
-from token_merge_plugin.errors import ConfigError, DataError, MissingExtraError, first_few, first_line
+from token_merge_plugin.errors import (
+    ConfigError,
+    DataError,
+    MissingExtraError,
+    counted,
+    first_few,
+    first_line,
+    how_to_install,
+)
 from token_merge_plugin.trial.images import NO_LABEL, Batch
 
 # validate.py's 4, where there are so many cores.
@@ -38,6 +49,11 @@ DEFAULT_WORKERS = min(4, len(os.sched_getaffinity(0)) if hasattr(os, "sched_geta
 _UNREADABLE, _BAD_LABEL = -2, -3
 
 _LABEL_ADVICE = "Give --class-map FILE (one folder name a line, in the order of the model's classes), or --unlabelled."
+# Beside those that timm takes.
+_MORE_EXTENSIONS = (".webp", ".bmp", ".tif", ".tiff", ".gif")
+# Names of the folders of splits, those with one meaning together: as in timm's `create_dataset`.
+_SAME_SPLIT = (("train", "training"), ("val", "valid", "validation", "eval", "evaluation"), ("test",))
+_SPLITS = [name for names in _SAME_SPLIT for name in names]
 _PACKAGES = {"hfds": "datasets", "wds": "webdataset", "torch": "torchvision"}
 
 
@@ -49,6 +65,7 @@ class Data:
         description: what the images are, in one line.
         indices: numbers, in the whole source, of the images that this process goes through.
         batch_size: images a batch; a new value holds from the next pass on.
+        warnings: what may be wrong with the labels.
     """
 
     def __init__(
@@ -63,8 +80,10 @@ class Data:
         batch_size: int,
         workers: int,
         device: torch.device,
+        warnings: Sequence[str] = (),
     ):
         self.labelled = labelled
+        self.warnings = warnings
         self.description = description
         self.indices = indices
         self.batch_size = batch_size
@@ -83,7 +102,7 @@ class Data:
 
     @property
     def unreadable(self) -> list[str]:
-        """Names of the images that could not be read so far."""
+        """Names of the images that could not be read so far, each with the reason."""
         return [self._unreadable[index] for index in sorted(self._unreadable)]
 
     def filename(self, index: int) -> str:
@@ -102,7 +121,7 @@ class Data:
         try:
             image, _ = self._samples.open(index)
         except Exception as error:  # as in `_Images.__getitem__`
-            raise DataError(f"{self.filename(index)} cannot be read: {first_line(error)}") from error
+            raise DataError(f"{self.filename(index)} cannot be read: {_reason(error)}") from error
         return to_pil_image(create_transform(**self._config, use_prefetcher=True)(image))
 
     def subset(self, indices: Sequence[int]) -> "Data":
@@ -127,7 +146,7 @@ class Data:
             indices, labels = rows.cpu().unbind(1)
             end += len(indices)
             readable = labels != _UNREADABLE
-            self._unreadable.update({index: self.filename(index) for index in indices[~readable].tolist()})
+            self._unreadable.update({index: self._why_unreadable(index) for index in indices[~readable].tolist()})
             if readable.any():
                 indices, labels = indices[readable], labels[readable]
                 self._check_labels(indices, labels)
@@ -138,6 +157,14 @@ class Data:
         self._unreadable.update(dict.fromkeys(left_out, "a sample that timm's log describes"))
         if start == delivered == 0:
             raise DataError(f"No image could be read, of {self.description}: {first_few(self.unreadable)}.")
+
+    def _why_unreadable(self, index: int) -> str:
+        """Return an image's name and the reason, which is found by reading it again: workers send numbers alone."""
+        try:
+            self._samples.open(index)
+        except Exception as error:
+            return f"{self.filename(index)}: {_reason(error)}"
+        return f"{self.filename(index)}: it could not be read before, and can be now"
 
     def _loader(self, samples: Any) -> Any:
         config = self._config
@@ -202,10 +229,10 @@ class _Images(Dataset):
         except KeyError as error:
             raise _LabelError from error
         if isinstance(source, Image.Image):
-            image = source.convert(self.mode)
+            image = _converted(source, self.mode)
         else:
             with source, Image.open(source) as opened:
-                image = opened.convert(self.mode)
+                image = _converted(opened, self.mode)
         return image, _class_index(label) if self.labelled else NO_LABEL
 
     def name(self, index: int) -> str:
@@ -215,6 +242,18 @@ class _Images(Dataset):
             return self.reader.filename(index) or f"image {index}"
         except (AttributeError, TypeError):  # no names at all, or none in this cell of the table
             return f"image {index}"
+
+
+def _converted(image: Image.Image, mode: str) -> Image.Image:
+    """Return the image in a colour mode of 8 bits. Pillow's own conversion makes nearly all 16-bit values white."""
+    if image.mode == "I" or image.mode.startswith("I;16"):
+        image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
+    return image.convert(mode)
+
+
+def _reason(error: Exception) -> str:
+    """Return what an error says, without the file, which is named beside it."""
+    return re.sub(r" ?<_io\.[^>]*>| ?'?/[^']*'", "", first_line(error)).strip(" :.") or type(error).__name__
 
 
 class _Shards(IterableDataset):
@@ -296,7 +335,7 @@ def open_data(
     config: Mapping[str, Any],
     *,
     dataset: str = "",
-    split: str = "validation",
+    split: str | None = None,
     class_map: str | Path | None = None,
     input_key: str | None = None,
     target_key: str | None = None,
@@ -318,8 +357,8 @@ def open_data(
             None for the built-in images.
         config: from `data_config`.
         dataset: "hfds/NAME" (Hugging Face), "torch/NAME" (torchvision) or "wds/" (WebDataset); empty for folders.
-        split: name of the split; a folder of that name inside `source` is entered. For "wds/", also the shards,
-            and the number of their images: "val-{0000..0009}.tar|50000".
+        split: name of the split; the folder of that name inside `source` is entered. None for "validation", if there
+            are splits. For "wds/", also the shards, and the number of their images: "val-{0000..0009}.tar|50000".
         class_map: file with one class name a line, in the order of the model's classes.
         input_key: field of the image; of a folder, the file extensions to take, as ".webp;.png".
         target_key: field of the label.
@@ -351,34 +390,44 @@ def open_data(
         source, dataset = None, str(source)
     samples: _Images | _Shards
     if dataset:
-        samples, classes = _open_named(dataset, source, split, mode, unlabelled, keys)
-        where = f"{dataset}, {split}"
+        if source is not None and Path(source).is_dir() and dataset.lower() in ("torch/image_folder", "torch/folder"):
+            _check_split(Path(source), split)
+        samples, classes = _open_named(dataset, source, split or "validation", mode, unlabelled, keys)
+        where = f"{dataset}, {split or 'validation'}"
     else:
         path = FOLDER if source is None else Path(source)
         samples, classes = _open_path(path, split, mode, unlabelled, keys)
         where = "Fashion-MNIST, built in" if source is None else str(path)
+    doubts: list[str] = []
     if samples.labelled and num_classes is not None and classes is not None:
-        _compare_classes(where, classes, num_classes, mapped=class_map is not None)
+        doubts = _compare_classes(where, classes, num_classes, mapped=class_map is not None)
+        for doubt in doubts:
+            warnings.warn(doubt, stacklevel=2)
 
     total = len(samples.indices)
     chosen: Sequence[int] = samples.indices
     if num_images is not None and num_images < total:
         chosen = sorted(random.Random(seed).sample(range(total), num_images))
-    count = f"{len(chosen):,}{f' of {total:,}' if len(chosen) < total else ''}"
+    count = counted(total, "labelled image" if samples.labelled else "unlabelled image")
+    if len(chosen) < total:
+        count = f"{len(chosen):,} of {count}"
     return Data(
         samples,
         config,
         indices=chosen[rank::world_size],
         labelled=samples.labelled,
         num_classes=num_classes,
-        description=f"{count} {'labelled' if samples.labelled else 'unlabelled'} images, {where}",
+        description=f"{count}, {where}",
         batch_size=batch_size,
         workers=workers,
         device=torch.device(device),
+        warnings=doubts,
     )
 
 
-def _open_path(path: Path, split: str, mode: str, unlabelled: bool, keys: dict[str, Any]) -> tuple[_Images, int | None]:
+def _open_path(
+    path: Path, split: str | None, mode: str, unlabelled: bool, keys: dict[str, Any]
+) -> tuple[_Images, int | None]:
     """Return the images of a folder or file, and the number of their classes if it is known."""
     if not path.exists():
         raise DataError(f"There is no {path}. Give a folder of images, or an image.")
@@ -387,10 +436,35 @@ def _open_path(path: Path, split: str, mode: str, unlabelled: bool, keys: dict[s
             raise DataError(f'{path} is an archive. Unpack it, or read WebDataset shards by their folder and "wds/".')
         return _Images(_OneFile(path), mode, labelled=False), None
     if has_idx_files(path):
-        return _Images(FashionMnist(path, split), mode, not unlabelled), len(CLASSES)
-    reader = _create("", path, split, mode, keys).reader
+        if split is not None and split not in _SPLITS:
+            raise DataError(_no_split(path, split, ["train", "test"]))
+        return _Images(FashionMnist(path, split or "test"), mode, not unlabelled), len(CLASSES)
+    _check_split(path, split)
+    if keys["input_key"] is None:
+        keys = {**keys, "input_key": ";".join(dict.fromkeys([*get_img_extensions(), *_MORE_EXTENSIONS]))}
+    reader = _create("", path, split or "validation", mode, keys).reader
     flat = set(reader.class_to_idx) == {""}
     return _Images(reader, mode, not (unlabelled or flat)), max(reader.class_to_idx.values()) + 1
+
+
+def _check_split(folder: Path, split: str | None) -> None:
+    """Refuse a split that is not there: timm would take everything under the folder.
+
+    A folder whose folders have such names, or two of them, has splits: "train" alone may be a class as well.
+    """
+    folders = sorted(path.name for path in folder.iterdir() if path.is_dir())
+    there = [name for name in folders if name in _SPLITS]
+    wanted = split or "validation"
+    same = next((names for names in _SAME_SPLIT if wanted in names), ())
+    if (folder / wanted).is_dir() or any(name in there for name in same):
+        return
+    if split is not None or len(there) > 1 or (there and there == folders):
+        raise DataError(_no_split(folder, wanted, there))
+
+
+def _no_split(folder: Path, split: str, there: Sequence[str]) -> str:
+    choice = f"Those there are: {', '.join(there)}." if there else "It has no splits: leave --split out."
+    return f"{folder} has no split {split!r}. {choice}"
 
 
 def _open_named(
@@ -403,9 +477,8 @@ def _open_named(
             f"dataset={dataset!r} is not known. Its name begins with {', '.join(f'{k}/' for k in _PACKAGES)}."
         )
     if importlib.util.find_spec(_PACKAGES[kind]) is None:
-        raise MissingExtraError(
-            f'{dataset} needs the package {_PACKAGES[kind]}: pip install "token-merge-plugin[data]"'
-        )
+        advice = how_to_install(_PACKAGES[kind], "data")
+        raise MissingExtraError(f"{dataset} needs the package {_PACKAGES[kind]}, which is not installed. {advice}")
     if kind != "hfds" and (source is None or not Path(source).is_dir()):
         raise DataError(f"{dataset} needs the folder where it is: given {source}. Give it with --data.")
     if kind == "torch":
@@ -446,8 +519,8 @@ def _create(dataset: str, source: str | Path | None, split: str, mode: str, keys
 def _no_images(folder: str | Path | None, keys: dict[str, Any]) -> str:
     if keys["class_map"] is not None:
         return f"{folder} has no image in a folder that {keys['class_map']} names. {_LABEL_ADVICE}"
-    types = keys["input_key"] or ", ".join(get_img_extensions())
-    return f'{folder} has no images ({types}). Other files are taken with --input-key ".webp;.bmp", for example.'
+    types = keys["input_key"].replace(";", ", ")
+    return f'{folder} has no images ({types}). Other files are taken with --input-key ".jp2;.ppm", for example.'
 
 
 def _count_samples(reader: Any) -> int:
@@ -460,15 +533,20 @@ def _count_samples(reader: Any) -> int:
     return sum(1 for _ in webdataset.DataPipeline(webdataset.SimpleShardList(shards), webdataset.tarfile_to_samples()))
 
 
-def _compare_classes(where: str, classes: int, num_classes: int, mapped: bool) -> None:
+def _compare_classes(where: str, classes: int, num_classes: int, mapped: bool) -> list[str]:
+    """Return what may be wrong with the labels.
+
+    Raises:
+        DataError: they cannot be right.
+    """
     if classes > num_classes:
         raise DataError(_too_many_classes(where, classes, num_classes))
-    if classes < num_classes and not mapped:
-        warnings.warn(
-            f"{where} has {classes} classes, the model {num_classes}: labels are numbers in the sorted list of the "
-            f"data's own classes, which are probably not the model's. {_LABEL_ADVICE}",
-            stacklevel=3,
-        )
+    if classes == num_classes or mapped:
+        return []
+    return [
+        f"{where} has {counted(classes, 'class', 'classes')}, the model {num_classes}: labels are numbers in the "
+        f"sorted list of the data's own classes, which are probably not the model's. {_LABEL_ADVICE}"
+    ]
 
 
 def _too_many_classes(where: str, classes: int, num_classes: int) -> str:

@@ -16,6 +16,10 @@ LARGEST_SIDE = 448
 # Images of up to this many pixels a side are enlarged pixel by pixel: there, smoothing hides what the model sees.
 TINY_SIDE = 64
 MARGIN = 12
+LEGEND = (
+    "Patches that show the image are kept. Patches of one plain colour were merged: it is the mean of all patches that "
+    "their token stands for. Dark, hatched patches were dropped. Lines run between patches of different tokens."
+)
 PANELS_A_LINE = 5
 
 
@@ -100,11 +104,12 @@ def scaled(image: Image.Image) -> Image.Image:
     return image.resize((image.width * factor, image.height * factor), smoothing)
 
 
-def contact_sheet(pictures: Sequence[Picture]) -> Image.Image:
+def contact_sheet(pictures: Sequence[Picture], heading: Sequence[str] = ()) -> Image.Image:
     """Draw pictures with their stages on one sheet: each image and its stages side by side, captions below.
 
     Args:
         pictures: at least one.
+        heading: lines of text above them, which are broken where they are too long.
 
     Returns:
         RGB image. A picture of more than five panels takes several lines.
@@ -118,9 +123,13 @@ def contact_sheet(pictures: Sequence[Picture]) -> Image.Image:
     text_height = 20
     width = max(sum(panel.width + MARGIN for panel, _ in line) for line in lines) + MARGIN
     heights = [max(panel.height for panel, _ in line) + text_height + MARGIN for line in lines]
-    sheet = Image.new("RGB", (width, sum(heights) + MARGIN), "white")
+    texts = [part for line in heading for part in _broken(line, font, width - 2 * MARGIN)]
+    top = MARGIN + (len(texts) * text_height + MARGIN if texts else 0)
+    sheet = Image.new("RGB", (width, top + sum(heights)), "white")
     draw = ImageDraw.Draw(sheet)
-    y = MARGIN
+    for number, text in enumerate(texts):
+        draw.text((MARGIN, MARGIN + number * text_height), text, "black", font)
+    y = top
     for line, height in zip(lines, heights, strict=True):
         x = MARGIN
         for panel, caption in line:
@@ -143,6 +152,18 @@ def _mean_colours(pixels: NDArray[np.float32], tokens: NDArray[np.integer]) -> N
     counts = np.bincount(index)
     means = [np.bincount(index, channel.reshape(-1)) / counts for channel in np.moveaxis(pixels, 2, 0)]
     return np.stack(means, 1)[index].reshape(pixels.shape).astype(np.float32)
+
+
+def _broken(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> list[str]:
+    """Return the text in lines of at most `width` pixels, unless a word is longer."""
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if lines[-1] and font.getlength(longer) > width:
+            lines.append(word)
+        else:
+            lines[-1] = longer
+    return lines
 
 
 def _fitted(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> str:

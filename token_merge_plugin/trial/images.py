@@ -6,7 +6,7 @@ from typing import Any, NamedTuple, Protocol, TypeAlias
 import torch
 from torch import Tensor
 
-from token_merge_plugin.errors import DataError
+from token_merge_plugin.errors import DataError, counted
 
 NO_LABEL = -1
 
@@ -57,7 +57,7 @@ class Tensors:
             given = "none" if labels is None else len(labels)
             raise DataError(f"A trial needs images, and labels are one for each: given {len(images)} and {given}.")
         self.labelled = labels is not None
-        self.description = f"{len(images):,} images"
+        self.description = counted(len(images), "image")
         self.batch_size = batch_size
         self.unreadable: list[str] = []
         self._images = images

@@ -34,7 +34,7 @@ class Journal:
                 known = self.entries[0].get("trial") or {}
                 what = [key for key in trial | known if known.get(key) != trial.get(key)]
                 raise ConfigError(
-                    f"{path} holds the results of another trial: it differs in {', '.join(what)}. Name another file, "
+                    f"{path} holds the results of other work: it differs in {', '.join(what)}. Name another file, "
                     "or delete this one."
                 )
             self._file = path.open("a" if lines == whole else "w", encoding="utf-8")

@@ -1,7 +1,9 @@
 """Is token merging worth it here? What a trial's results say, in one plain sentence."""
 
+import math
 from collections.abc import Callable, Sequence
 
+from token_merge_plugin.errors import counted
 from token_merge_plugin.trial.results import TrialResult, TrialRow, patched
 
 # What a loss may come to, and still be called tolerable: 0.5 points of top-1, 1 % of the predictions, 0.01 of cosine,
@@ -19,7 +21,8 @@ WIDEST_INTERVAL = 0.01
 def measure_of(result: TrialResult) -> str | None:
     """Return what the loss is measured by: a key of `TOLERANCES`, or None where nothing was classified.
 
-    Top-1 for labelled images, unless the unpatched model gets none of them right; else the agreement with the unpatched
+    Nothing is said of random weights. Top-1 for labelled images, unless the unpatched model gets no more of them right
+    than chance would; else the agreement with the unpatched
     model; else, for models without classes, what is read of them. Where a head was given, or where the model returns
     its tokens as they are, that is the error of the patch tokens; else the cosine similarity of the pooled features.
     """
@@ -32,8 +35,10 @@ def measure_of(result: TrialResult) -> str | None:
 
 def loss(result: TrialResult, row: TrialRow, measure: str | None) -> float | None:
     """Return what the row loses against the unpatched model by a measure of `TOLERANCES`: 0 is nothing."""
+    if not result.trained:
+        return None
     if measure == "top-1":
-        return None if row.top1_difference is None or not result.rows[0].top1 else -row.top1_difference
+        return None if row.top1_difference is None or not _is_above_chance(result) else -row.top1_difference
     if measure == "patch error":
         return row.patch_error
     value = {"agreement": row.agreement, "cosine": row.cosine}.get(measure or "")
@@ -49,8 +54,7 @@ def best_row(result: TrialResult, measure: str | None = None) -> TrialRow | None
     rows = _tolerable(result, measure or measure_of(result))
     if not any(row.speed_up is not None for row in patched(result)):
         return _preferred(rows, lambda row: row.reduction)
-    fast = [row for row in rows if row.speed_up is not None and row.speed_up >= WORTHWHILE]
-    return _preferred(fast, lambda row: row.speed_up or 0.0)
+    return _preferred([row for row in rows if _is_fast(row)], lambda row: row.speed_up or 0.0)
 
 
 def verdict(result: TrialResult) -> str:
@@ -60,16 +64,38 @@ def verdict(result: TrialResult) -> str:
     the same for at least 99 % of the images; for models without classes, if the features have a mean cosine similarity
     of at least 0.99 with the unpatched ones; where a head was given, or where the model returns its tokens without
     pooling them, if the patch tokens have a mean relative error of at most 10 %. Of the rows whose loss is tolerable,
-    the fastest is recommended, over all methods, if it is at least 1.05x as fast as the unpatched model. Rows within
-    2 % of the fastest are equally fast, and of those `merge` is preferred. Where no speed was measured, the row with
-    the fewest multiply-adds stands in.
-
-    It is added if the trial was interrupted, if there were too few images to tell (fewer than 300, or a confidence
-    interval wider than +-1 point), and if the unpatched model gets no label right; and, where a model without classes
-    was judged by its pooled features, what to choose for a head that reads the patch tokens, if that is another row.
+    the fastest is recommended, over all methods, if it is at least 1.05x as fast as the unpatched model, and the
+    confidence interval of its speed-up is above 1. Rows within 2 % of the fastest are equally fast, and of those
+    `merge` is preferred. Where no speed was measured, the row with the fewest multiply-adds stands in.
     """
-    row, sentence = _judge(result)
-    return " ".join([sentence, *_caveats(result, row)])
+    return " ".join([headline(result), *caveats(result)])
+
+
+def headline(result: TrialResult) -> str:
+    """Return the one sentence of `verdict`."""
+    return _judge(result)[1]
+
+
+def caveats(result: TrialResult) -> list[str]:
+    """Return the further sentences of `verdict`.
+
+    Whether the trial was interrupted, whether weights or labels cannot be right, what may be wrong with the images,
+    whether there were too few images to tell (fewer than 300, or a confidence interval wider than +-1 point), and,
+    where a model without classes was judged by its pooled features, what to choose for a head that reads the patch
+    tokens, if that is another row.
+    """
+    row, _ = _judge(result)
+    found = []
+    if result.images < result.total_images:
+        found.append(f"The trial was interrupted after {result.images:,} of {counted(result.total_images, 'image')}.")
+    if not result.trained:
+        found.append("The weights are random: what merging costs trained ones was not measured.")
+    elif result.labelled and result.rows and result.rows[0].top1 is not None and not _is_above_chance(result):
+        right = "gets no label right"
+        if result.rows[0].top1:
+            right = f"is no better than chance, with {result.rows[0].top1:.1%} of the images right"
+        found.append(f"The unpatched model {right}: are the labels those of its classes?")
+    return [*found, *result.warnings, *_doubts(result, row)]
 
 
 def _judge(result: TrialResult) -> tuple[TrialRow | None, str]:
@@ -78,15 +104,17 @@ def _judge(result: TrialResult) -> tuple[TrialRow | None, str]:
     if not rows and result.refused:
         return None, "Token merging cannot be used on this model: every method that was asked for is refused."
     measure = measure_of(result)
+    if rows and not result.trained and not any(row.speed_up for row in rows):
+        return None, "Nothing can be said of the accuracy of random weights."
     if not rows or (measure is None and not any(row.speed_up for row in rows)):
         return None, "Nothing can be said yet: no patched model was measured."
     if measure is None:
         row = max(rows, key=lambda row: row.speed_up or 0.0)
-        return row, f"{_name(row)} runs at {row.speed_up:.2f}x the speed; what it costs was not measured."
+        return row, f"{_name(row)} runs {_how_fast(result, row)}; what it costs was not measured."
     best = best_row(result)
     if best is not None:
         if best.speed_up is not None:
-            gain = f"at {best.speed_up:.2f}x the speed."
+            gain = f"{_how_fast(result, best)}."
         else:
             gain = f"with {100 * best.reduction:.0f} % less computation; its speed was not measured."
         return best, f"{_name(best)} {_what_stays(result, best, measure)} {gain}"
@@ -112,39 +140,64 @@ def _why_nothing_helps(result: TrialResult, measure: str) -> tuple[TrialRow, str
     if not timed:
         return tolerable[0], f"{what} at {_name(tolerable[0], start=False)}, but its speed was not measured."
     row = max(timed, key=lambda row: row.speed_up or 0.0)
-    fast = [other for other in losses if (other.speed_up or 0.0) >= WORTHWHILE]
+    fast = [other for other in losses if _is_fast(other)]
     if fast:
         other = min(fast, key=lambda row: losses[row])
         return other, (
             f"as long as {what}, the model runs at {row.speed_up:.2f}x the speed at best; at "
             f"{_name(other, start=False)}, {other.speed_up:.2f}x, {_what_is_lost(losses[other], measure)}."
         )
-    why = f"{100 * row.reduction:.0f} % less computation saves no time at batch size {result.batch_size}"
-    if row.reduction < 1 - 1 / WORTHWHILE:
-        why = f"only {100 * row.reduction:.0f} % of the computation is saved"
-    return row, f"{what}, but the model is not faster on this device: {row.speed_up:.2f}x at best, since {why}."
+    return row, (
+        f"{what}, but the model is not faster on this device: {_times(row.speed_up, row.speed_up_interval)} at best, "
+        f"with {100 * row.reduction:.0f} % less computation, at batch size {result.batch_size}."
+    )
 
 
-def _caveats(result: TrialResult, row: TrialRow | None) -> list[str]:
-    caveats = []
-    if result.images < result.total_images:
-        caveats.append(f"The trial was interrupted after {result.images:,} of {result.total_images:,} images.")
-    unpatched = result.rows[0] if result.rows else None
-    if result.labelled and unpatched is not None and unpatched.top1 == 0:
-        caveats.append("The unpatched model gets no label right: are the labels those of its classes?")
+def _is_fast(row: TrialRow) -> bool:
+    """Return whether the row is worth a change, and surely faster than the unpatched model."""
+    low = 0.0 if row.speed_up is None else row.speed_up if row.speed_up_interval is None else row.speed_up_interval[0]
+    return (row.speed_up or 0.0) >= WORTHWHILE and low > 1
+
+
+def _how_fast(result: TrialResult, row: TrialRow) -> str:
+    """Say the speed-up; and that of a single image, where the row is slower there."""
+    text = f"at {_times(row.speed_up, row.speed_up_interval, ' the speed')}"
+    slowest = row.latency_speed_up
+    if slowest is not None and row.latency_speed_up_interval is not None:
+        slowest = row.latency_speed_up_interval[1]
+    if slowest is not None and slowest < 1 and result.batch_size > 1:
+        text += f" in batches of {result.batch_size}, but at {row.latency_speed_up:.2f}x at batch size 1"
+    return text
+
+
+def _times(speed_up: float | None, interval: tuple[float, float] | None, what: str = "") -> str:
+    text = f"{speed_up:.2f}x{what}"
+    return text if interval is None else f"{text} (95 %: {interval[0]:.2f}x to {interval[1]:.2f}x)"
+
+
+def _is_above_chance(result: TrialResult) -> bool:
+    """Return whether the unpatched model gets surely more images right than guesses would: by two standard errors."""
+    top1 = result.rows[0].top1
+    if not top1 or not result.images:
+        return False
+    chance = 1 / result.num_classes if result.num_classes else 0.0
+    return top1 > chance + 2 * math.sqrt(chance * (1 - chance) / result.images)
+
+
+def _doubts(result: TrialResult, row: TrialRow | None) -> list[str]:
+    """Return what makes the sentence about a row unsure."""
     measure = measure_of(result)
     if row is None or measure is None:
-        return caveats
+        return []
+    found = []
     if measure == "cosine" and row == best_row(result) and not _is_tolerable(row.patch_error):
-        caveats.append(_advice_for_heads(result))
+        found.append(_advice_for_heads(result))
+    few = f"{counted(result.images, 'image')} {'is' if result.images == 1 else 'are'} too few to be sure"
     if measure == "top-1" and row.top1_interval is not None:
         half = (row.top1_interval[1] - row.top1_interval[0]) / 2
         if half > WIDEST_INTERVAL:
-            uncertain = f"the difference is uncertain by {100 * half:.1f} points either way"
-            return [*caveats, f"{result.images:,} images are too few to be sure: {uncertain}."]
-    if result.images < ENOUGH_IMAGES:
-        caveats.append(f"{result.images:,} images are too few to be sure.")
-    return caveats
+            return [*found, f"{few}: the difference is uncertain by {100 * half:.1f} points either way."]
+    return [*found, f"{few}."] if result.images < ENOUGH_IMAGES else found
 
 
 def _is_tolerable(patch_error: float | None) -> bool:
@@ -180,8 +233,15 @@ def _preferred(rows: Sequence[TrialRow], gain: Callable[[TrialRow], float]) -> T
     return max(merging or rows, key=gain)
 
 
+def setting_of(row: TrialRow) -> str:
+    """Return, for example, "keep rate 0.7"."""
+    if row.keep_rate is not None:
+        return f"keep rate {row.keep_rate:g}"
+    return "this setting" if row.setting is None else f"setting {row.setting}"
+
+
 def _name(row: TrialRow, start: bool = True) -> str:
-    name = "this setting" if row.keep_rate is None else f"keep rate {row.keep_rate:g}"
+    name = setting_of(row)
     if row.method != "merge":
         name = f"method {row.method} at {name}" if start else f"{name} with method {row.method}"
     return name[0].upper() + name[1:] if start else name

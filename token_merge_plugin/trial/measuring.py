@@ -1,5 +1,6 @@
 """Speed and memory of forward passes: of a model unpatched and patched, measured in turns."""
 
+import copy
 import ctypes
 import os
 import random
@@ -16,8 +17,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from token_merge_plugin.config import MergeConfig
-from token_merge_plugin.errors import DataError
+from token_merge_plugin.errors import ConfigError, DataError, first_line
 from token_merge_plugin.patching import apply, remove
+from token_merge_plugin.trial.fusion import put_back, remember, remembered
 
 # From glibc's malloc.h.
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
@@ -36,13 +38,37 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def plan(model: nn.Module, config: MergeConfig | None) -> nn.Module:
-    """Patch the model by `config`, or make it the unpatched one for None."""
-    return remove(model) if config is None else apply(model, config)
+    """Patch the model by `config`, with its trained fusion; or make it the unpatched one for None."""
+    return remove(model) if config is None else put_back(apply(model, config), config)
 
 
 def device_of(model: nn.Module) -> torch.device:
     """Return the device of the model's first parameter; the CPU for a model that has none."""
     return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+
+
+@torch.inference_mode()
+def check_images(model: nn.Module, image: Tensor) -> None:
+    """Refuse images that the unpatched model does not take: of another size, number of channels or dtype.
+
+    Args:
+        model: unpatched, in eval mode.
+        image: [1, C, H, W].
+
+    Raises:
+        DataError: it does not take this one.
+    """
+    try:
+        model(image)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # every model has its own
+        name = type(model).__name__
+        raise DataError(
+            f"{name}, unpatched, does not take images {list(image.shape[1:])} of {image.dtype}: "
+            f"{first_line(error).rstrip('.')}. Choose another --img-size; in Python, prepare them as "
+            "timm.data.resolve_model_data_config says for the model."
+        ) from error
 
 
 def halved(batch_size: int) -> int:
@@ -73,38 +99,66 @@ def keep_freed_memory() -> None:
 
 @torch.inference_mode()
 def time_in_turns(
-    model: nn.Module, configs: Sequence[MergeConfig | None], images: Tensor, *, rounds: int = 20, seconds: float = 5.0
+    model: nn.Module,
+    configs: Sequence[MergeConfig | None],
+    images: Tensor,
+    *,
+    rounds: int = 20,
+    seconds: float = 5.0,
+    compiled: bool = False,
 ) -> list[list[float]]:
     """Time forward passes of one model under several configs, all of them in each round, in random order.
 
     So a change in the machine's load meets all of them alike: compare times of the same round.
 
     Args:
-        model: a supported model in eval mode. It is left with the config that came last.
+        model: a supported model in eval mode. It is left with the config that came last, or as it was if `compiled`.
         configs: None for the unpatched model.
         images: [B, C, H, W], one batch.
         rounds: how many rounds, if there is time.
         seconds: after this time no further round begins, but three rounds are always run.
+        compiled: time a compiled copy of the model for each config.
 
     Returns:
         For each config, the seconds that a pass took in each round.
+
+    Raises:
+        ConfigError: the model cannot be compiled here.
     """
     times: list[list[float]] = [[] for _ in configs]
-    for config in configs:  # warm-up
-        plan(model, config)(images)
+    ready = [_compiled(model, config, images) for config in configs] if compiled else []
+    if not compiled:
+        for config in configs:  # warm-up
+            plan(model, config)(images)
     order = random.Random(0)
     begin = time.perf_counter()
     for done in range(rounds):
         if done >= 3 and time.perf_counter() - begin > seconds:
             break
         for index in order.sample(range(len(configs)), len(configs)):
-            plan(model, configs[index])
+            runner = ready[index] if compiled else plan(model, configs[index])
             _synchronize(images)
             start = time.perf_counter()
-            model(images)
+            runner(images)
             _synchronize(images)
             times[index].append(time.perf_counter() - start)
     return times
+
+
+def _compiled(model: nn.Module, config: MergeConfig | None, images: Tensor) -> Any:
+    """Return a compiled copy of the model under a config, which has run once."""
+    copied = copy.deepcopy(model)
+    if remembered(model).fusion:
+        remember(copied, remembered(model))
+    try:
+        runner = torch.compile(plan(copied, config), dynamic=False)
+        for _ in range(2):  # the second pass is the first one without compiling
+            runner(images)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # of Dynamo, of Inductor, of the compiler below it
+        raise ConfigError(f"The model cannot be compiled here: {first_line(error)} Leave --compile out.") from error
+    return runner
 
 
 def _synchronize(images: Tensor) -> None:

@@ -1,12 +1,14 @@
 """Models for a trial, through timm's own functions, as its validate.py creates them and asks them for their images."""
 
 import difflib
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import timm
-from timm.data import resolve_input_data_config
+import torch
+from timm.data import ImageNetInfo, infer_imagenet_subset, resolve_input_data_config
 from timm.models import (
     get_pretrained_cfg,
     load_checkpoint,
@@ -15,10 +17,13 @@ from timm.models import (
     resolve_model_input_args,
     split_model_name_tag,
 )
-from torch import nn
+from torch import Tensor, nn
 
 from token_merge_plugin.builtin import CLASSES, MEAN, STD, create_reference_model
+from token_merge_plugin.config import MergeConfig
 from token_merge_plugin.errors import ConfigError, DataError, first_few, first_line
+from token_merge_plugin.patching import apply
+from token_merge_plugin.trial.fusion import CONFIG_KEY, PART, Trained, remember
 
 
 def load_model(
@@ -35,7 +40,8 @@ def load_model(
 
     Args:
         name: timm's name of a model, or an id after `hf-hub:` or `local-dir:`; None for the built-in model.
-        checkpoint: file of weights, as timm's `load_checkpoint` takes it. Pretrained weights are not loaded then.
+        checkpoint: file of weights, as timm's `load_checkpoint` takes it. Pretrained weights are not loaded then. A
+            learned fusion in it is remembered (`fusion.remembered`), and used whenever a trial patches the model.
         use_ema: take the checkpoint's moving average of the weights, where it has one.
         pretrained: load pretrained weights.
         num_classes: classes of the classifier; None for those of the weights.
@@ -45,6 +51,7 @@ def load_model(
 
     Raises:
         ConfigError: there is no such model, or it cannot be built with these options.
+        UnsupportedModelError: no adapter serves the model, so its weights were neither downloaded nor read.
         DataError: the weights cannot be had, or the checkpoint is missing, damaged or does not fit.
     """
     options: dict[str, Any] = {"num_classes": num_classes, "img_size": img_size, "in_chans": in_chans}
@@ -56,17 +63,37 @@ def load_model(
             raise ConfigError("The built-in model is complete as it is. Name another one with --model.")
         model = _reference_model(pretrained)
     else:
-        model = _timm_model(name, pretrained, **options)
+        model = _timm_model(name, pretrained, pretrained or checkpoint is not None, **options)
     if checkpoint is not None:
         try:
-            load_checkpoint(model, str(checkpoint), use_ema=use_ema)
+            _load_checkpoint(model, checkpoint, use_ema)
         except Exception as error:  # as many kinds as there are ways to damage a file
             raise DataError(_checkpoint_problem(model, checkpoint, use_ema, error)) from error
     return model.eval()
 
 
-def _timm_model(name: str, pretrained: bool, **options: Any) -> nn.Module:
+def _load_checkpoint(model: nn.Module, checkpoint: str | Path, use_ema: bool) -> None:
+    """Load a checkpoint as timm does, and remember the fusion and the options that it was fine-tuned with."""
+    fusion: dict[str, Tensor] = {}
+
+    def without_fusion(state: Mapping[str, Tensor], _: nn.Module) -> dict[str, Tensor]:
+        fusion.update({name: value for name, value in state.items() if PART in name})
+        return {name: value for name, value in state.items() if PART not in name}
+
+    load_checkpoint(model, str(checkpoint), use_ema=use_ema, filter_fn=without_fusion)
+    config = None
+    if Path(checkpoint).suffix not in (".safetensors", ".npz", ".npy"):
+        content = torch.load(checkpoint, map_location="cpu", weights_only=True)
+        if isinstance(content, Mapping) and isinstance(content.get(CONFIG_KEY), str):
+            config = MergeConfig.from_json(content[CONFIG_KEY])
+    if fusion or config is not None:
+        remember(model, Trained(fusion, config))
+
+
+def _timm_model(name: str, pretrained: bool, read: bool, **options: Any) -> nn.Module:
     _check_name(name, pretrained)
+    if read:
+        _check_served(name, options)
     try:
         if options["img_size"] is not None:  # only models that are built for one size take the argument
             options["img_size"] = resolve_model_input_args(name, {"img_size": options["img_size"]}).get("img_size")
@@ -100,8 +127,10 @@ def _check_name(name: str, pretrained: bool) -> None:
     architecture, tag = split_model_name_tag(identifier)
     if not timm.is_model(architecture):
         close = difflib.get_close_matches(architecture, timm.list_models(), n=5)
-        advice = f"Similar names: {', '.join(close)}." if close else "`token-merge list --all` names those served."
-        raise ConfigError(f"timm has no model {architecture!r}. {advice}")
+        similar = f"Similar names: {', '.join(close)}. " if close else ""
+        raise ConfigError(
+            f"timm has no model {architecture!r}. {similar}`token-merge list --names` lists all that are served."
+        )
     try:
         config = get_pretrained_cfg(identifier)
     except RuntimeError as error:
@@ -109,6 +138,17 @@ def _check_name(name: str, pretrained: bool) -> None:
         raise ConfigError(f"There are no weights {tag!r} for {architecture}. Those it has: {known}.") from error
     if pretrained and config is not None and not config.has_weights:
         raise DataError(f"timm has no pretrained weights for {name}. {_weights_advice()}")
+
+
+def _check_served(name: str, options: Mapping[str, Any]) -> None:
+    """Refuse a model that cannot be patched before its weights are downloaded or read; see `load_model`."""
+    try:
+        with torch.device("meta"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # they come again when it is built
+            model = timm.create_model(name, pretrained=False, **options)
+    except Exception:  # what is wrong is said when it is built, if it is not that it cannot be without numbers
+        return
+    apply(model, 1.0)
 
 
 def _weights_advice() -> str:
@@ -128,7 +168,7 @@ def _creation_error(
 def _checkpoint_problem(model: nn.Module, checkpoint: str | Path, use_ema: bool, error: Exception) -> str:
     try:
         found = load_state_dict(str(checkpoint), use_ema)
-        shapes = {key: tuple(value.shape) for key, value in found.items()}
+        shapes = {key: tuple(value.shape) for key, value in found.items() if PART not in key}
     except Exception:  # `error` says why already
         return f"{checkpoint} is damaged, or is not a file of weights: {first_line(error)}"
     expected = {key: tuple(value.shape) for key, value in model.state_dict().items()}
@@ -146,6 +186,16 @@ def _checkpoint_problem(model: nn.Module, checkpoint: str | Path, use_ema: bool,
         f"{checkpoint} does not fit the model: {listed}. Name the model that it was saved from, with the same "
         "--num-classes, --img-size and --in-chans."
     )
+
+
+def class_name(model: nn.Module, index: int) -> str:
+    """Return the name of a class: of the model's own names, or of ImageNet's; else its number."""
+    config: Any = getattr(model, "pretrained_cfg", {})
+    names = config.get("label_names")
+    if names:
+        return names[index]
+    subset = infer_imagenet_subset(model)
+    return ImageNetInfo(subset).index_to_description(index) if subset else f"class {index}"
 
 
 def data_config(

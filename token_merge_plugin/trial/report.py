@@ -8,29 +8,40 @@ import base64
 import io
 import math
 import re
-import textwrap
+import shlex
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from html import escape
-from itertools import groupby
+from itertools import groupby, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image
 
-from token_merge_plugin.errors import MissingExtraError
-from token_merge_plugin.trial.drawing import Picture, scaled, stage_caption
-from token_merge_plugin.trial.judging import TOLERANCES, best_row, loss, measure_of, verdict
+from token_merge_plugin.config import MergeConfig
+from token_merge_plugin.errors import MissingExtraError, how_to_install
+from token_merge_plugin.trial.drawing import LEGEND, Picture, scaled, stage_caption
+from token_merge_plugin.trial.judging import (
+    TOLERANCES,
+    best_row,
+    caveats,
+    headline,
+    loss,
+    measure_of,
+    setting_of,
+    verdict,
+)
 from token_merge_plugin.trial.results import TrialResult, TrialRow, patched
-from token_merge_plugin.trial.table import Column, shown_columns
+from token_merge_plugin.trial.table import Column, decisive_columns, further_columns
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 UNREADABLE_SHOWN = 100
+PICTURES_SHOWN = 4
 # Colours of the chart on paper. In the page they are CSS variables by these names, and others on dark screens.
 COLOURS = {"ink": "#1f2328", "muted": "#59636e", "rule": "#d1d9e0", "band": "#e6f4ea", "paper": "#ffffff"}
 # (colour, marker, line): told apart by each of the three. The colours are after Okabe and Ito's.
@@ -46,6 +57,19 @@ SERIES: dict[str, tuple[str, str, Any]] = {
 # Losses beyond this many points, or times the tolerable loss if that is more, are drawn on a logarithmic scale: one bad
 # method must not flatten all the others.
 LINEAR_POINTS = 5.0
+
+
+# Where a label may be, from its point, in points of 1/72 inch; and which of its sides are there.
+PLACES: tuple[tuple[tuple[int, int], str, str], ...] = (
+    ((7, 7), "left", "bottom"),
+    ((-7, 7), "right", "bottom"),
+    ((7, -7), "left", "top"),
+    ((-7, -7), "right", "top"),
+    ((0, 14), "center", "bottom"),
+    ((0, -14), "center", "top"),
+    ((16, 0), "left", "center"),
+    ((-16, 0), "right", "center"),
+)
 
 
 @dataclass(frozen=True)
@@ -85,7 +109,7 @@ def require_charts() -> None:
         import matplotlib.figure  # noqa: F401
     except ImportError as error:
         raise MissingExtraError(
-            'Charts need matplotlib, which is not installed. Run: pip install "token-merge-plugin[charts]"'
+            f"Charts need matplotlib, which is not installed. {how_to_install('matplotlib', 'charts')}"
         ) from error
 
 
@@ -111,20 +135,28 @@ def write_html(result: TrialResult, pictures: Sequence[Picture], path: str | Pat
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    decisive, further = decisive_columns(result), further_columns(result)
     page = environment.get_template("report.html").render(
         result=result,
-        verdict=verdict(result),
+        headline=headline(result),
+        caveats=caveats(result),
         facts=_facts(result),
+        next_steps=_next_steps(result),
+        tolerance=_tolerance(result),
         chart=_chart_svg(result, (760, 430)),
         narrow_chart=_chart_svg(result, (380, 420), "narrow-"),
         timed=_is_timed(result),
         measure=measure_of(result),
-        columns=shown_columns(result),
-        groups=_groups(result),
+        tables=[
+            ("Speed, and what it costs", decisive, _groups(result, decisive)),
+            ("Further numbers", further, _groups(result, further)),
+        ],
         recommended=best_row(result),
         several_methods=_has_several_methods(result),
         unreadable=result.unreadable[:UNREADABLE_SHOWN],
-        pictures=pictures,
+        pictures=pictures[:PICTURES_SHOWN],
+        folded=pictures[PICTURES_SHOWN:],
+        legend=LEGEND,
         scaled=scaled,
         image_uri=image_uri,
         stage_caption=stage_caption,
@@ -145,11 +177,31 @@ def write_png(result: TrialResult, path: str | Path) -> None:
     with _own_style():
         figure = _chart(result, (760, 520))
         figure.set_layout_engine("constrained", w_pad=0.12, h_pad=0.1)
-        title = "\n".join(textwrap.wrap(verdict(result), 64))
-        figure.suptitle(title, x=0.02, ha="left", size=13, weight="bold", color=COLOURS["ink"])
+        size = 13 if len(verdict(result)) < 250 else 10
+        title = _fitted(verdict(result), 0.94 * 760, size, "bold")
+        figure.suptitle(title, x=0.02, ha="left", size=size, weight="bold", color=COLOURS["ink"])
         source = f"{result.model}; {result.data}; {result.device}, {result.dtype}"
-        figure.supxlabel(textwrap.shorten(source, 120, placeholder=" ..."), size=9, color=COLOURS["muted"])
+        figure.supxlabel(_fitted(source, 0.94 * 760, 9, "normal"), size=9, color=COLOURS["muted"])
         figure.savefig(path, format="png", dpi=200, metadata={"Software": None})
+
+
+def _fitted(text: str, width: float, size: float, weight: str) -> str:
+    """Break a text into lines of at most so many pixels of 1/100 inch, unless a word is longer."""
+    from matplotlib.font_manager import FontProperties
+    from matplotlib.textpath import TextPath
+
+    def length(line: str) -> float:
+        return TextPath((0, 0), line, size, prop=font).get_extents().width * 100 / 72
+
+    font = FontProperties(weight=weight)
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if lines[-1] and length(longer) > width:
+            lines.append(word)
+        else:
+            lines[-1] = longer
+    return "\n".join(lines)
 
 
 def image_uri(image: Image.Image) -> str:
@@ -172,7 +224,15 @@ def _facts(result: TrialResult) -> list[Fact]:
         detail = "compared with the unpatched model, measured in turns"
         if row.images_per_second is not None and unpatched.images_per_second is not None:
             detail = f"{row.images_per_second:.0f} images a second instead of {unpatched.images_per_second:.0f}"
+        if row.speed_up_interval is not None:
+            low, high = row.speed_up_interval
+            detail += f"; between {low:.2f}x and {high:.2f}x with 95 % confidence"
         facts.append(Fact(f"{row.speed_up:.2f}x", "the speed", detail))
+    if row.latency_speed_up is not None and result.batch_size > 1:
+        detail = "for one image at a time"
+        if row.latency is not None and unpatched.latency is not None:
+            detail += f": {row.latency:.3g} instead of {unpatched.latency:.3g} ms"
+        facts.append(Fact(f"{row.latency_speed_up:.2f}x", "at batch size 1", detail))
     detail = f"{row.gmacs:.3g} instead of {unpatched.gmacs:.3g} billion multiply-adds an image"
     facts.append(Fact(f"{row.reduction:.0%}", "less computation", detail))
     if row.top1 is not None and unpatched.top1 is not None and row.top1_difference is not None:
@@ -193,14 +253,41 @@ def _facts(result: TrialResult) -> list[Fact]:
     return facts
 
 
-def _groups(result: TrialResult) -> list[list[tuple[TrialRow, list[Cell]]]]:
+def _next_steps(result: TrialResult) -> list[tuple[str, str]]:
+    """Return what to do next with the recommended row: (what for, what to copy)."""
+    row = best_row(result)
+    if row is None or row.config is None:
+        return []
+    config = MergeConfig.from_json(row.config)
+    if row.keep_rate is not None and config == MergeConfig(row.keep_rate):
+        options = f"{row.keep_rate:g}"
+        command = f"token-merge run --keep-rate {options} your_script.py"
+    else:
+        options = f"token_merge_plugin.MergeConfig.from_json({row.config!r})"
+        command = f"TOKEN_MERGE_OPTIONS={shlex.quote(row.config)} python your_script.py"
+    return [
+        ("In Python:", f"import token_merge_plugin\n\ntoken_merge_plugin.apply(model, {options})"),
+        ("A script that creates its model by timm, as it is:", command),
+    ]
+
+
+def _tolerance(result: TrialResult) -> str:
+    """Return, in words, what loss is tolerable for the verdict."""
+    return {
+        "top-1": "up to 0.5 points of top-1",
+        "agreement": "another prediction for up to 1 % of the images",
+        "cosine": "a cosine similarity of the features down to 0.99",
+        "patch error": "patch tokens that are up to 10 % off",
+    }.get(measure_of(result) or "", "not judged")
+
+
+def _groups(result: TrialResult, columns: Sequence[Column]) -> list[list[tuple[TrialRow, list[Cell]]]]:
     """Return the table's rows: the unpatched model, then one group for each keep rate, the largest first.
 
     The best numbers are those of a group: there, methods cost the same. With one method, they are those of all rows.
     """
-    columns = shown_columns(result)
-    rows = sorted(patched(result), key=lambda row: -(row.keep_rate or 0.0))
-    groups = [list(group) for _, group in groupby(rows, lambda row: row.keep_rate)]
+    rows = sorted(patched(result), key=lambda row: (-(row.keep_rate or 0.0), row.setting or ""))
+    groups = [list(group) for _, group in groupby(rows, lambda row: (row.keep_rate, row.setting))]
     several = _has_several_methods(result)
     compared = [([result.rows[0]], []), *((group, group if several else rows) for group in groups)]
     return [[(row, [_cell(column, row, others) for column in columns]) for row in group] for group, others in compared]
@@ -263,7 +350,7 @@ def _chart(result: TrialResult, size: tuple[int, int]) -> "Figure":
     points = _points(result)
     _draw_scale(axes, result, [point for series in points.values() for point in series])
     for method, series in points.items():
-        _draw_series(axes, method, series, named="merge" if "merge" in points else next(iter(points)))
+        _draw_series(axes, method, series)
     axes.plot(
         [1], [0], "*", ms=15, mfc=COLOURS["ink"], mec=COLOURS["paper"], label="unpatched", gid="unpatched", zorder=4
     )
@@ -286,10 +373,13 @@ def _chart(result: TrialResult, size: tuple[int, int]) -> "Figure":
         borderaxespad=0,
         fontsize="small",
     )
+    if points:
+        named = "merge" if "merge" in points else next(iter(points))
+        _draw_labels(axes, points[named], SERIES[named][0], [point for series in points.values() for point in series])
     return figure
 
 
-def _draw_series(axes: "Axes", method: str, series: Sequence[Point], named: str) -> None:
+def _draw_series(axes: "Axes", method: str, series: Sequence[Point]) -> None:
     colour, marker, line = SERIES[method]
     x, y = [point.speed_up for point in series], [point.difference for point in series]
     low, high = zip(*(point.interval for point in series), strict=True)
@@ -308,16 +398,43 @@ def _draw_series(axes: "Axes", method: str, series: Sequence[Point], named: str)
         gid=f"series-{method}",
         zorder=3,
     )
-    if method == named:
-        for point in series:
-            place = point.speed_up, point.difference
-            axes.annotate(
-                "" if point.row.keep_rate is None else f"{point.row.keep_rate:g}",
-                place,
-                (7, 7),
-                textcoords="offset points",
-                color=colour,
-            )
+
+
+def _draw_labels(axes: "Axes", series: Sequence[Point], colour: str, points: Sequence[Point]) -> None:
+    """Write each point's setting where it covers no point, no other label and not the series' line; or not at all."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.transforms import Bbox
+
+    figure: Any = axes.figure
+    figure.draw_without_rendering()  # places the axes
+    renderer = FigureCanvasAgg(figure).get_renderer()
+    taken = [
+        Bbox.from_bounds(x - 6, y - 6, 12, 12)
+        for x, y in axes.transData.transform([(1.0, 0.0), *((point.speed_up, point.difference) for point in points)])
+    ]
+    line = axes.transData.transform([(point.speed_up, point.difference) for point in series])
+    for (x0, y0), (x1, y1) in pairwise(line):
+        shares = [step / 40 for step in range(3, 38)]  # the ends are points
+        taken += [Bbox.from_bounds(x0 + t * (x1 - x0) - 1, y0 + t * (y1 - y0) - 1, 2, 2) for t in shares]
+    for point in series:
+        text = axes.annotate(
+            point.row.setting or "" if point.row.keep_rate is None else f"{point.row.keep_rate:g}",
+            (point.speed_up, point.difference),
+            (0, 0),
+            textcoords="offset points",
+            color=colour,
+            in_layout=False,
+        )
+        for offset, horizontal, vertical in PLACES:
+            text.xyann = offset
+            text.set(ha=horizontal, va=vertical)
+            box = text.get_window_extent(renderer)
+            inside = axes.bbox.x0 <= box.x0 and box.x1 <= axes.bbox.x1
+            if inside and axes.bbox.y0 <= box.y0 and box.y1 <= axes.bbox.y1 and not box.count_overlaps(taken):
+                taken.append(box)
+                break
+        else:
+            text.remove()
 
 
 def _draw_scale(axes: "Axes", result: TrialResult, points: Sequence[Point]) -> None:
@@ -369,6 +486,7 @@ def _chart_svg(result: TrialResult, size: tuple[int, int], prefix: str = "") -> 
         figure.savefig(file, format="svg", facecolor="none", metadata=nothing)
     svg = file.getvalue()
     svg = re.sub(r'\b(id="|href="#|url\(#)', rf"\g<1>{prefix}", svg[svg.index("<svg") :])
+    svg = _with_hover_titles(svg, result, prefix)
     names = COLOURS | {f"series-{method}": colour for method, (colour, _, _) in SERIES.items()}
     for name, colour in names.items():
         svg = svg.replace(colour, f"var(--{name})")
@@ -383,20 +501,34 @@ def _chart_svg(result: TrialResult, size: tuple[int, int], prefix: str = "") -> 
     return re.sub(r"<svg[^>]*>", lambda _: opening, svg, count=1)
 
 
-def _chart_words(result: TrialResult) -> str:
-    """Describe the chart for those who do not see it."""
-    names = {
+def _with_hover_titles(svg: str, result: TrialResult, prefix: str) -> str:
+    """Give each point of the chart a title, which browsers show beside the pointer."""
+    for method, series in _points(result).items():
+        start = svg.index(f'<g id="{prefix}series-{method}">')
+        titles = iter(f"{method}, {setting_of(point.row)}: {_place(result, point)}" for point in series)
+
+        def titled(match: re.Match[str], titles: Iterator[str] = titles) -> str:
+            title = next(titles, None)
+            return match[0] if title is None else f"<use{match[1]}><title>{escape(title)}</title></use>"
+
+        svg = svg[:start] + re.sub(r"<use([^>]*)/>", titled, svg[start:])
+    return svg
+
+
+def _place(result: TrialResult, point: Point) -> str:
+    units = {
         "top-1": "points of top-1",
         "agreement": "points of same predictions",
         "cosine": "hundredths of cosine",
         "patch error": "% of the patch tokens' length",
     }
-    unit = names.get(measure_of(result) or "")
+    return f"{point.speed_up:.2f}x, {point.difference:+.2f} {units.get(measure_of(result) or '')}"
+
+
+def _chart_words(result: TrialResult) -> str:
+    """Describe the chart for those who do not see it."""
     sentences = ["Speed-up and difference to the unpatched model."]
     for method, series in _points(result).items():
-        points = [
-            f"keep rate {p.row.keep_rate or 'of its own'}: {p.speed_up:.2f}x, {p.difference:+.2f} {unit}"
-            for p in series
-        ]
+        points = [f"{setting_of(point.row)}: {_place(result, point)}" for point in series]
         sentences.append(f"Method {method}: {'; '.join(points)}.")
     return " ".join(sentences)

@@ -1,8 +1,10 @@
 """Speed of several configs of one model, each timed in turns with the unpatched model."""
 
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,21 +22,22 @@ class Timing:
     """Times and memory of a contender, and of the unpatched model beside it.
 
     Attributes:
-        seconds, unpatched_seconds: of an image in a full batch, median over the rounds.
+        unpatched_seconds: of an image in a full batch, median over the rounds.
         speed_up: median over the rounds of the unpatched model's time, divided by the contender's.
-        latency, unpatched_latency: seconds of a batch of one image, median over the rounds.
+        unpatched_latency: seconds of a batch of one image, median over the rounds.
         latency_speed_up: as `speed_up`, of these.
         memory, unpatched_memory: most bytes of the activations of a full batch.
+        speed_up_interval, latency_speed_up_interval: see `median_interval`.
     """
 
-    seconds: float
     unpatched_seconds: float
     speed_up: float
-    latency: float
     unpatched_latency: float
     latency_speed_up: float
     memory: int
     unpatched_memory: int
+    speed_up_interval: tuple[float, float]
+    latency_speed_up_interval: tuple[float, float]
 
 
 class Speed:
@@ -45,8 +48,8 @@ class Speed:
         timings: {contender: its times so far}, all at this batch size.
     """
 
-    def __init__(self, model: nn.Module, images: Tensor, rounds: int, seconds: float):
-        self.model, self.images = model, images
+    def __init__(self, model: nn.Module, images: Tensor, rounds: int, seconds: float, compiled: bool = False):
+        self.model, self.images, self.compiled = model, images, compiled
         self.rounds, self.seconds = rounds, seconds
         self.timings: dict[str, Timing] = {}
 
@@ -71,7 +74,7 @@ class Speed:
     def _measure_at_one_size(self, configs: Mapping[str, MergeConfig | None], journal: Journal, progress: bool) -> None:
         # Speeds at different batch sizes are not to be compared.
         known = [entry for entry in journal.of("speed") if entry["batch_size"] == self.batch_size]
-        self.timings = {entry["name"]: Timing(**entry["values"]) for entry in known}
+        self.timings = {entry["name"]: _timing(entry["values"]) for entry in known}
         patched = {name: config for name, config in configs.items() if config is not None}
         total, done = len(patched), len(self.timings)
         with tqdm(desc="speed", total=total, initial=done, unit="setting", leave=False, disable=not progress) as bar:
@@ -82,48 +85,73 @@ class Speed:
                     bar.update()
 
     def _timed(self, config: MergeConfig) -> Timing:
-        configs = [None, config]
-        throughput = time_in_turns(self.model, configs, self.images, rounds=self.rounds, seconds=self.seconds)
-        latency = time_in_turns(self.model, configs, self.images[:1], rounds=self.rounds, seconds=self.seconds / 5)
+        throughput, latency = (
+            time_in_turns(
+                self.model, [None, config], images, rounds=self.rounds, seconds=seconds, compiled=self.compiled
+            )
+            for images, seconds in ((self.images, self.seconds), (self.images[:1], self.seconds / 5))
+        )
+        ratios, latency_ratios = _ratios(*throughput), _ratios(*latency)
         return Timing(
-            seconds=statistics.median(throughput[1]) / self.batch_size,
             unpatched_seconds=statistics.median(throughput[0]) / self.batch_size,
-            speed_up=_speed_up(*throughput),
-            latency=statistics.median(latency[1]),
+            speed_up=statistics.median(ratios),
             unpatched_latency=statistics.median(latency[0]),
-            latency_speed_up=_speed_up(*latency),
+            latency_speed_up=statistics.median(latency_ratios),
             memory=peak_memory(plan(self.model, config), self.images),
             unpatched_memory=peak_memory(remove(self.model), self.images),
+            speed_up_interval=median_interval(ratios),
+            latency_speed_up_interval=median_interval(latency_ratios),
         )
 
-    def fields(self, contender: str, reduction: float) -> dict[str, float]:
+    def fields(self, contender: str, reduction: float) -> dict[str, Any]:
         """Return the fields of a `TrialRow` that were measured: none if the contender was not timed.
 
+        The unpatched model was timed beside each of the others: its times are the median of these. The others' follow
+        from it and the speed-up, which is of times side by side: so a row's numbers agree, and rows can be compared
+        although the machine's load changes from one to the next.
+
         Args:
-            contender: its name. The unpatched model was timed beside each of the others: its times are their median.
+            contender: its name.
             reduction: share of the multiply-adds that it saves.
         """
-        if contender == UNPATCHED and self.timings:
-            seconds, latency, memory = (
-                statistics.median(getattr(timing, f"unpatched_{name}") for timing in self.timings.values())
-                for name in ("seconds", "latency", "memory")
-            )
-            speed_up = latency_speed_up = 1.0
-        elif contender in self.timings:
-            timing = self.timings[contender]
-            seconds, latency, memory = timing.seconds, timing.latency, timing.memory
-            speed_up, latency_speed_up = timing.speed_up, timing.latency_speed_up
-        else:
+        if not self.timings or (contender != UNPATCHED and contender not in self.timings):
             return {}
+        seconds, latency, memory = (
+            statistics.median(getattr(timing, f"unpatched_{name}") for timing in self.timings.values())
+            for name in ("seconds", "latency", "memory")
+        )
+        timing = self.timings.get(contender)
+        speed_up, latency_speed_up = (1.0, 1.0) if timing is None else (timing.speed_up, timing.latency_speed_up)
         return {
-            "images_per_second": 1 / seconds,
+            "images_per_second": speed_up / seconds,
             "speed_up": speed_up,
+            "speed_up_interval": timing and timing.speed_up_interval,
             "ideal_share": speed_up * (1 - reduction),
-            "latency": 1e3 * latency,
+            "latency": 1e3 * latency / latency_speed_up,
             "latency_speed_up": latency_speed_up,
-            "peak_memory": memory / 1e6,
+            "latency_speed_up_interval": timing and timing.latency_speed_up_interval,
+            "peak_memory": (memory if timing is None else timing.memory) / 1e6,
         }
 
 
-def _speed_up(unpatched: Sequence[float], patched: Sequence[float]) -> float:
-    return statistics.median(before / after for before, after in zip(unpatched, patched, strict=True))
+def median_interval(values: Sequence[float]) -> tuple[float, float]:
+    """Return the 95 % confidence interval of a median, from the order of the values alone (the sign test's).
+
+    Of fewer than six values it is their range, which is less sure than that.
+    """
+    ordered, number = sorted(values), len(values)
+    below, cases = 0, 1  # left out at each end; of 2^number equally likely cases, those with the median beyond it
+    while cases + math.comb(number, below + 1) <= 0.025 * 2**number:
+        below += 1
+        cases += math.comb(number, below)
+    return ordered[below], ordered[number - 1 - below]
+
+
+def _ratios(unpatched: Sequence[float], patched: Sequence[float]) -> list[float]:
+    return [before / after for before, after in zip(unpatched, patched, strict=True)]
+
+
+def _timing(values: Mapping[str, Any]) -> Timing:
+    """Return a timing from a journal, whose lists were tuples."""
+    fields: Any = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+    return Timing(**fields)

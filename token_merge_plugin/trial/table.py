@@ -44,6 +44,16 @@ def format_difference(difference: tuple[float, tuple[float, float] | None]) -> s
     return text if interval is None else f"{text} [{100 * interval[0]:+.2f}, {100 * interval[1]:+.2f}]"
 
 
+def _speed_up(row: TrialRow) -> tuple[float, tuple[float, float] | None] | None:
+    return None if row.speed_up is None else (row.speed_up, row.speed_up_interval)
+
+
+def format_speed_up(speed_up: tuple[float, tuple[float, float] | None]) -> str:
+    """Write a speed-up and its interval: "1.46x [1.43, 1.49]"."""
+    value, interval = speed_up
+    return f"{value:.2f}x" if interval is None else f"{value:.2f}x [{interval[0]:.2f}, {interval[1]:.2f}]"
+
+
 def _three_digits(value: float) -> str:
     return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
@@ -55,8 +65,8 @@ COLUMNS = (
         "",
         "Share of the image tokens that each stage keeps. Methods with stages of their own are set so that they cost "
         "as many multiply-adds.",
-        lambda row: row.keep_rate,
-        "{:g}".format,
+        lambda row: row.setting if row.keep_rate is None else row.keep_rate,
+        lambda value: value if isinstance(value, str) else f"{value:g}",
     ),
     Column("GMACs", "", "Billions of multiply-adds per image.", lambda row: row.gmacs, "{:.3f}".format),
     Column(
@@ -70,17 +80,18 @@ COLUMNS = (
     Column(
         "images/s",
         "",
-        "Images per second at the trial's batch size, median over the rounds.",
+        "Images per second at the trial's batch size: the unpatched model's, times the speed-up.",
         lambda row: row.images_per_second,
         _three_digits,
         better=1,
     ),
     Column(
-        "speed-up",
+        "speed-up [95 %]",
         "",
-        "Time of the unpatched model, divided by the time of this one; both measured in turns, median over the rounds.",
-        lambda row: row.speed_up,
-        "{:.2f}x".format,
+        "Time of the unpatched model, divided by the time of this one; both measured in turns, median over the "
+        "rounds, and its 95 % confidence interval.",
+        _speed_up,
+        format_speed_up,
         better=1,
     ),
     Column(
@@ -174,9 +185,9 @@ COLUMNS = (
         better=-1,
     ),
     Column(
-        "latency speed-up",
+        "at batch 1",
         "",
-        "Latency of the unpatched model, divided by the latency of this one.",
+        "Speed-up at batch size 1: latency of the unpatched model, divided by the latency of this one.",
         lambda row: row.latency_speed_up,
         "{:.2f}x".format,
         better=1,
@@ -209,6 +220,36 @@ ACCURACY = (
 def shown_columns(result: TrialResult) -> list[Column]:
     """Return the columns that have a number in at least one row."""
     return [column for column in COLUMNS if any(column.value(row) is not None for row in result.rows)]
+
+
+# Titles of the columns that a reader decides by, in their order; the report has the others in a second table.
+DECISIVE = (
+    "method",
+    "keep rate",
+    "speed-up [95 %]",
+    "at batch 1",
+    "difference [95 %]",
+    "top-1",
+    "agreement",
+    "patch error",
+    "head change",
+    "reduction",
+)
+
+
+def decisive_columns(result: TrialResult) -> list[Column]:
+    """Return the shown columns of `DECISIVE`, in that order; with the cosine where it is what is lost."""
+    shown = {column.title: column for column in shown_columns(result)}
+    titles = list(DECISIVE)
+    if "agreement" not in shown:
+        titles.insert(4, "cosine")
+    return [shown[title] for title in titles if title in shown]
+
+
+def further_columns(result: TrialResult) -> list[Column]:
+    """Return the method, the keep rate and the shown columns that are not decisive."""
+    decisive = [column for column in decisive_columns(result) if column.title not in ("method", "keep rate")]
+    return [column for column in shown_columns(result) if column not in decisive]
 
 
 def format_table(result: TrialResult) -> str:

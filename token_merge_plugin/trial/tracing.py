@@ -44,16 +44,15 @@ def trace(model: nn.Module, image: Tensor) -> list[TracedStage]:
     parts = [module for module in model.modules() if isinstance(module, Patched)]
     if not parts:
         raise UnsupportedModelError("The model is not patched, so no stage reduces its tokens. Call apply first.")
+    name = getattr(type(model), "_token_merge_parts", (None, type(model)))[1].__name__  # the one before it was patched
     if any(isinstance(module, PatchedGridBlock) for module in parts):
         raise UnsupportedModelError(
-            f"The blocks of {type(model).__name__} merge tokens inside and give back the whole grid, so there is no "
+            f"The blocks of {name} merge tokens inside and give back the whole grid, so there is no "
             "set of tokens that stays. Token maps exist for families whose tokens leave the sequence."
         )
     adapters = [adapter for module in parts if (adapter := find_adapter(module)) is not None]
     if not all(adapter.in_rows for adapter in adapters):
-        raise UnsupportedModelError(
-            f"{type(model).__name__} does not keep its tokens in the order of the image's rows."
-        )
+        raise UnsupportedModelError(f"{name} does not keep its tokens in the order of the image's rows.")
     with evaluating(model), recorded() as stages:
         model(image)
     return [_traced(block, state, image) for block, state in stages]
