@@ -1,22 +1,25 @@
 """What each choice of the method is worth, and what other methods are, at equal multiply-adds and without training.
 
-    python examples/ablation.py --data /usr/share/datasets/fashion-mnist
+    python examples/ablation.py --photographs FOLDER ... --weights weights --half 0          # choose on these ...
+    python examples/ablation.py --photographs FOLDER ... --weights weights --half 1 --markdown results/dense.md
 
-Runs images of Fashion-MNIST (the four IDX files; Debian package dataset-fashion-mnist) through the built-in model, or
-one of examples/train_reference.py, unpatched and with one choice after another changed: importance, similarity, weights
-of the merge, proportional attention, stages, multi-scale features, calibration; and through the baselines. Keep rates
-are set so that all have the same share of the multiply-adds. What `MergeConfig` does not offer is built here, as a
+Runs images through a model, unpatched and with one choice after another changed: importance, what a merge loses,
+weights of the merge, restoring, schedules, multi-scale features, calibration; and through the baselines. Keep rates are
+set so that all have the same share of the multiply-adds. What `MergeConfig` does not offer is built here, as a
 `Variant`.
 
-Choose on training images that the model was not trained on, report on test images:
+With --photographs, the model is the pretrained ViT-S/14 of real_weights.py without a classifier, and the images are
+crops of the photographs in these folders: of every other one, by name, from the first (--half 0) or the second
+(--half 1) on, so that what was chosen on some is reported on others. The outputs are its patch tokens, its class token
+and the saliency map of its decoder. With --objects, the model is a classifier of train_classifier.py (--weights is its
+folder), and the images are those that it wrote. Else they are images of Fashion-MNIST (--data; the four IDX files;
+Debian package dataset-fashion-mnist), and the model is the built-in one or another one of train_reference.py:
 
-    python examples/ablation.py --data ... --model lvvit --weights lvvit.safetensors \\
-        --split train --skip 55000 --images 1000 --json lvvit.json
-    python examples/ablation.py --data ... --model lvvit --weights lvvit.safetensors --groups default baselines
+    python examples/ablation.py --objects objects/test --weights classifier --images 400
+    python examples/ablation.py --data /usr/share/datasets/fashion-mnist
+    python examples/ablation.py --data ... --model lvvit --weights lvvit.safetensors --split train --skip 55000
 
-The tables for several models, of files written by --json:
-
-    python examples/ablation.py --summary vit.json lvvit.json
+Every method gives back what a patch had of its own when the grid is restored, but for those that drop tokens.
 """
 
 import argparse
@@ -24,8 +27,9 @@ import json
 import math
 import platform
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
@@ -33,6 +37,9 @@ from unittest import mock
 import timm
 import torch
 import torch.nn.functional as F
+from real_weights import MODEL, fit_positions, load_backbone, load_decoder, photographs
+from safetensors.torch import load_file
+from timm.data import create_dataset, create_transform, resolve_model_data_config
 from timm.models import load_checkpoint
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -40,126 +47,113 @@ from train_reference import MODELS, create_model
 
 from token_merge_plugin import ConfigError, MergeConfig, calibrate
 from token_merge_plugin.builtin import WEIGHTS, load_images
-from token_merge_plugin.config import METHODS
-from token_merge_plugin.method import reduction
-from token_merge_plugin.method.importance import evenly_spaced
-from token_merge_plugin.method.merging import assign, cosine_similarity, match, merge, restore, take
+from token_merge_plugin.config import METHODS, tokens_kept
+from token_merge_plugin.method import merging, reduction
+from token_merge_plugin.method.merging import (
+    Assignment,
+    assign,
+    cosine_similarity,
+    merge,
+    merge_cost,
+    restore,
+    split,
+    take,
+    without_diagonal,
+)
 from token_merge_plugin.method.multiscale import fuse
-from token_merge_plugin.method.reduction import SAMPLED_QUERIES, Reduced, Stage
+from token_merge_plugin.method.reduction import Reduced, Stage
 from token_merge_plugin.patching import stage_choices
 from token_merge_plugin.trial.accuracy import paired_interval
+from token_merge_plugin.trial.budgets import Budget, scheduled
 from token_merge_plugin.trial.counting import count_macs, equal_compute
 from token_merge_plugin.trial.measuring import keep_freed_memory, plan
+from token_merge_plugin.trial.schedules import Shape, numbers
 
 TensorOf = Callable[[Stage], Tensor]
+Images = Callable[[], Tensor]
 CALIBRATION_IMAGES = 300
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What could be done instead: each function takes a stage
 
 
-def root(importance: TensorOf) -> TensorOf:
-    """Return the square root of an importance, as the package takes it."""
-    return lambda stage: (importance(stage) + 1e-12).sqrt()
+def powers(class_power: float, image_power: float, factor: float, larger: bool = True, values: bool = True) -> TensorOf:
+    """Return the importance by powers of the attention of the class token and of some image tokens; 0 for none.
 
+    Args:
+        class_power, image_power: of the attention relative to its mean.
+        factor: of the second.
+        larger: the larger of the two counts; else their mean, whose power is then `image_power`.
+        values: attention is counted by the norms of the values.
+    """
 
-def attention_of(stage: Stage, query: Tensor) -> Tensor:
-    """Return what queries [B, H, Q, D] attend to, with the sizes counted: [B, H, Q, P + T]."""
-    seen = stage.evidence[0]
-    logits = (query * seen.scale) @ seen.key.transpose(2, 3)
-    log_size = stage.plan.log_size(stage.state)
-    return (logits if log_size is None else logits + log_size[:, None, None, :]).softmax(dim=3)
-
-
-def class_attention(stage: Stage) -> Tensor:
-    """Return the class token's attention, head by head: [B, H, T]."""
-    prefix = stage.state.num_prefix_tokens
-    return attention_of(stage, stage.evidence[0].query[:, :, :1])[:, :, 0, prefix:]
-
-
-def image_part(stage: Stage, of_heads: Tensor) -> Tensor:
-    """Drop the prefix tokens: [B, H, P + T, D] -> [B, H, T, D]."""
-    return of_heads[:, :, stage.state.num_prefix_tokens :]
-
-
-def attention_mean(stage: Stage) -> Tensor:
-    return class_attention(stage).mean(dim=1)
-
-
-def attention_max(stage: Stage) -> Tensor:
-    return class_attention(stage).amax(dim=1)
-
-
-def attention_times_value(stage: Stage) -> Tensor:
-    """Class attention times the norm of what it brings (as in ATS, Fayyaz et al. 2022)."""
-    return (class_attention(stage) * image_part(stage, stage.evidence[0].value).norm(dim=3)).mean(dim=1)
-
-
-def attention_of_mean_query(stage: Stage) -> Tensor:
-    """The attention of the mean of the patches' queries, which stands in for a class token's."""
-    size = stage.before.size / stage.before.size.sum(dim=1, keepdim=True)
-    mean = size[:, None, None, :] @ image_part(stage, stage.evidence[0].query)
-    return attention_of(stage, mean).mean(dim=(1, 2))[:, stage.state.num_prefix_tokens :]
-
-
-def attention_of_both(stage: Stage) -> Tensor:
-    return (attention_mean(stage) + attention_of_mean_query(stage)) / 2
-
-
-def attention_received(stage: Stage) -> Tensor:
-    """The attention of all tokens, mean over heads and patches (as in Zero-TPrune, Wang et al. 2024)."""
-    prefix = stage.state.num_prefix_tokens
-    size = F.pad(stage.before.size, (prefix, 0), value=1.0)
-    paid = attention_of(stage, stage.evidence[0].query).mean(dim=1)  # [B, P + T, P + T]
-    return (size[:, None, :] @ paid)[:, 0, prefix:] / size.sum(dim=1, keepdim=True)
-
-
-def attention_sampled(count: int) -> TensorOf:
-    """Return the attention of some tokens only, evenly spaced: the default with another number of them."""
+    def relative(stage: Stage, class_tokens: bool) -> Tensor:
+        attention = reduction._attention_received(stage, class_tokens, values)
+        proportional = stage.plan.config.proportional_attention
+        return reduction.relative_importance(attention, stage.before.size, proportional)
 
     def importance(stage: Stage) -> Tensor:
-        position = evenly_spaced(stage.tokens.shape[1], count, None, stage.tokens.device)[0]
-        queries = image_part(stage, stage.evidence[0].query)[:, :, position]
-        return attention_of(stage, queries).mean(dim=(1, 2))[:, stage.state.num_prefix_tokens :]
+        if not stage.plan.num_class_tokens:
+            raise ConfigError("There is no class token.")
+        by_class = relative(stage, True)
+        if not factor:
+            return by_class**class_power
+        by_image = relative(stage, False)
+        if not larger:
+            return ((by_class + by_image) / 2) ** image_power
+        return torch.maximum(by_class**class_power, factor * by_image**image_power)
 
     return importance
 
 
-def key_norm(stage: Stage) -> Tensor:
-    return image_part(stage, stage.evidence[0].key).norm(dim=3).mean(dim=1)
+def normed_cost(stage: Stage, weight: Tensor) -> Tensor:
+    return merge_cost(F.layer_norm(stage.tokens, stage.tokens.shape[2:]), weight)
 
 
-def rarity(stage: Stage) -> Tensor:
-    """1 - the mean similarity to all tokens: little for what is redundant in the image."""
-    return 1 - cosine_similarity(stage.tokens).mean(dim=2).clamp(max=1)
+def unsized_cost(stage: Stage, weight: Tensor) -> Tensor:
+    return merge_cost(stage.tokens, weight / stage.before.size)
 
 
-def mean_keys(stage: Stage) -> Tensor:
-    """Keys, mean over heads (as ToMe compares)."""
-    return image_part(stage, stage.evidence[0].key).mean(dim=1)
-
-
-def centred_tokens(stage: Stage) -> Tensor:
-    """Tokens less the mean of the image's tokens, so that what all have in common does not count."""
-    return stage.tokens - stage.tokens.mean(dim=1, keepdim=True)
-
-
-def keys_with_neighbours(stage: Stage) -> Tensor:
-    keys = image_part(stage, stage.evidence[0].key).transpose(1, 2).flatten(2)
-    return blended(stage, keys, 2 / 3)
-
-
-def blended(stage: Stage, features: Tensor, strength: float) -> Tensor:
-    """Blend features [B, T, D] with their neighbourhoods of two scales; 2/3 is the package's strength."""
-    grid = stage.state.grid_size
-    if grid is None:
-        raise ConfigError("The patch grid is not known.")
-    fused = take(fuse(restore(features, stage.before.token_map), grid), stage.before.representative)
-    return features + 1.5 * strength * (fused - features)  # a third of what `fuse` returns is the feature itself
+def cosine_cost(stage: Stage, weight: Tensor) -> Tensor:
+    """1 - the cosine, as in versions before this criterion, weighed as the default's."""
+    inverse = 1 / weight
+    cost = 2 * (1 - cosine_similarity(stage.tokens)) / (inverse[:, :, None] + inverse[:, None, :])
+    return without_diagonal(cost)
 
 
 def neighbourhoods(strength: float) -> TensorOf:
-    return lambda stage: blended(stage, stage.tokens, strength)
+    """Return the tokens, blended with their neighbourhoods of two scales; 2/3 is the package's strength."""
+
+    def blended(stage: Stage) -> Tensor:
+        grid = stage.state.grid_size
+        if grid is None:
+            raise ConfigError("The patch grid is not known.")
+        fused = take(fuse(restore(stage.tokens, stage.before.token_map), grid), stage.before.representative)
+        return stage.tokens + 1.5 * strength * (fused - stage.tokens)  # a third of `fuse` is the token itself
+
+    return blended
+
+
+def agglomerate(stage: Stage, weight: Tensor) -> Assignment:
+    """Merge the pair with which the least is lost, again and again: what `assign` comes close to, pair by pair."""
+    batch, tokens, _ = stage.tokens.shape
+    keep = tokens_kept(tokens, stage.amount)
+    means, weight = stage.tokens.clone(), weight.clone()
+    images = torch.arange(batch, device=means.device)
+    holder = torch.arange(tokens, device=means.device).repeat(batch, 1)
+    stays = torch.ones_like(holder, dtype=torch.bool)
+    for _ in range(tokens - keep):
+        cost = merge_cost(means, weight).masked_fill(~(stays[:, :, None] & stays[:, None, :]), math.inf)
+        pair = cost.flatten(1).argmin(dim=1)
+        into, gone = pair // tokens, pair % tokens
+        share = weight[images, gone] / (weight[images, into] + weight[images, gone])
+        means[images, into] += share[:, None] * (means[images, gone] - means[images, into])
+        weight[images, into] += weight[images, gone]
+        stays[images, gone] = False
+        holder = torch.where(holder == gone[:, None], into[:, None], holder)
+    crucial, rest = split(stays.float(), keep)
+    target = (holder.gather(1, rest)[:, :, None] == crucial[:, None, :]).int().argmax(dim=2)
+    return Assignment(crucial, rest, target)
 
 
 @dataclass(frozen=True)
@@ -168,38 +162,37 @@ class Variant:
 
     Attributes:
         importance: [B, T], not negative.
-        descriptors: [B, T, D].
-        weight: "size", or what else weighs the tokens of a merge: size times "importance" or "similarity".
+        cost: what merging each pair loses [B, T, T], from a stage and the weights of its tokens.
+        exact: choose pair by pair.
+        by_importance: merged tokens are means weighted by importance, too, and not by sizes alone.
         tokens: [B, T, C], what is merged in the place of the tokens.
+        rounds: of `assign`.
+        offsets: give back what a patch had of its own.
     """
 
     importance: TensorOf | None = None
-    descriptors: TensorOf | None = None
-    weight: str = "size"
+    cost: Callable[[Stage, Tensor], Tensor] | None = None
+    exact: bool = False
+    by_importance: bool = False
     tokens: TensorOf | None = None
+    rounds: int = merging.ROUNDS
+    offsets: bool = True
 
     def __call__(self, stage: Stage) -> Reduced:
-        importance = (self.importance or reduction._importance)(stage)
-        similarity = cosine_similarity((self.descriptors or reduction._descriptors)(stage))
-        size, config = stage.before.size, stage.plan.config
-        assignment = assign(similarity, importance, stage.amount, stage.real, config.distinctiveness)
-        tokens = stage.tokens if self.tokens is None else self.tokens(stage)
-        weight = self.weights(size, importance, similarity, assignment.crucial, assignment.rest)
-        merged_tokens, _ = merge(tokens, weight, assignment)
-        return merged_tokens, merge(tokens, size, assignment)[1], assignment
-
-    def weights(self, size: Tensor, importance: Tensor, similarity: Tensor, crucial: Tensor, rest: Tensor) -> Tensor:
-        """Return by what tokens are weighted [B, T]; only its proportions matter."""
-        weight = size
-        if self.weight == "importance":
+        size = stage.before.size
+        with torch.no_grad():
+            importance = (self.importance or reduction._importance)(stage)
             weight = size * importance
-        if self.weight == "similarity":
-            target = crucial.gather(1, match(similarity, crucial, rest))
-            nearest = similarity.gather(1, rest[:, :, None].expand(-1, -1, similarity.shape[2])).gather(
-                2, target[:, :, None]
-            )
-            weight = size.scatter(1, rest, size.gather(1, rest) * nearest[:, :, 0].clamp(min=0))
-        return weight if weight is size else 1e6 * weight  # `merge` divides by 1 at least
+            if self.exact:
+                assignment = agglomerate(stage, weight)
+            else:
+                descriptors = reduction._descriptors(stage)
+                cost = merge_cost(descriptors, weight) if self.cost is None else self.cost(stage, weight)
+                assignment = assign(cost, stage.amount, stage.real)
+        tokens = stage.tokens if self.tokens is None else self.tokens(stage)
+        # `merge` divides by 1 at least, and only the proportions of what it is given matter.
+        merged_tokens, _ = merge(tokens, 1e6 * weight if self.by_importance else size, assignment)
+        return merged_tokens, merge(tokens, size, assignment)[1], assignment
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -214,6 +207,7 @@ class Row(NamedTuple):
         name: what is different from the default.
         config: options; the keep rate is found.
         variant: what the options do not offer.
+        shape: a schedule that they do not offer.
         calibrated: find the schedule by calibration.
     """
 
@@ -221,6 +215,7 @@ class Row(NamedTuple):
     name: str
     config: MergeConfig = MergeConfig()
     variant: Variant | None = None
+    shape: Shape | None = None
     calibrated: bool = False
 
 
@@ -235,61 +230,62 @@ def rows_for(model: nn.Module) -> list[Row]:
 
     return [
         Row("default", "default"),
-        option("importance", "class attention", importance="class_attention"),
+        option("importance", "class attention^0.25", importance="class_attention"),
         option("importance", "none", importance="uniform"),
-        variant("importance", "class attention and mean query", importance=root(attention_of_both)),
-        variant("importance", "class attention, maximum over heads", importance=root(attention_max)),
-        variant("importance", "class attention x value norm", importance=root(attention_times_value)),
-        variant("importance", "attention of the mean query", importance=root(attention_of_mean_query)),
-        variant("importance", "attention of 4 tokens", importance=root(attention_sampled(4))),
-        variant("importance", "attention of 49 tokens", importance=root(attention_sampled(49))),
-        variant("importance", "attention of all tokens", importance=root(attention_received)),
-        variant("importance", "attention of 16 tokens, not its root", importance=attention_sampled(SAMPLED_QUERIES)),
-        variant("importance", "key norm", importance=root(key_norm)),
-        variant("importance", "inverse key norm", importance=lambda stage: key_norm(stage).rsqrt()),
-        variant("importance", "rarity", importance=root(rarity)),
-        option("importance", "no distinctiveness", distinctiveness=False),
-        option("similarity", "keys", similarity="keys"),
-        variant("similarity", "mean keys", descriptors=mean_keys),
-        option("similarity", "values", similarity="values"),
-        variant("similarity", "tokens, centred", descriptors=centred_tokens),
-        variant("similarity", "tokens with neighbours, 1/3", descriptors=neighbourhoods(1 / 3)),
-        option("similarity", "tokens with neighbours, 2/3", multi_scale="descriptors"),
-        variant("similarity", "keys with neighbours, 2/3", descriptors=keys_with_neighbours),
-        variant("merge", "weighted by importance", weight="importance"),
-        variant("merge", "weighted by similarity", weight="similarity"),
+        variant("importance", "class attention^0.5", importance=powers(0.5, 0, 0)),
+        variant("importance", "class attention^0.25, without value norms", importance=powers(0.25, 0, 0, values=False)),
+        variant("importance", "larger of both^0.35", importance=powers(0.35, 0.35, 1)),
+        variant("importance", "mean of both^0.5", importance=powers(0.5, 0.5, 1, larger=False)),
+        option("loss", "of the keys", similarity="keys"),
+        option("loss", "of the values", similarity="values"),
+        variant("loss", "of the layer-normed tokens", cost=normed_cost),
+        variant("loss", "without sizes", cost=unsized_cost),
+        variant("loss", "cosine in the place of the distance", cost=cosine_cost),
+        variant("choice", "one round", rounds=1),
+        variant("choice", "two rounds", rounds=2),
+        variant("choice", "four rounds", rounds=4),
+        variant("choice", "the cheapest pair again and again", exact=True),
+        variant("merge", "weighted by importance", by_importance=True),
         option("merge", "no proportional attention", proportional_attention=False),
+        variant("restoring", "without offsets", offsets=False),
         option("multi-scale", "in the importance", multi_scale="importance"),
+        option("multi-scale", "in what a merge loses", multi_scale="descriptors"),
         variant("multi-scale", "in the tokens, 0.1", tokens=neighbourhoods(0.1)),
         variant("multi-scale", "in the tokens, 0.3", tokens=neighbourhoods(0.3)),
-        *(option("stages", name, stages=stages) for name, stages in stage_rows(model)),
-        Row("stages", "calibrated", calibrated=True),
+        *schedule_rows(model),
+        Row("schedule", "calibrated", calibrated=True),
         *(option("baselines", method, method=method) for method in METHODS[1:]),
     ]
 
 
-def stage_rows(model: nn.Module) -> list[tuple[str, tuple[int, ...]]]:
-    """Return the places of stages that are tried: {name: blocks}."""
-    sections, default = stage_choices(model)
-    every = tuple(block for section in sections for block in section)
-    quarter = len(every) // 4
+def schedule_rows(model: nn.Module) -> list[Row]:
+    """Return the schedules that are tried."""
+    choices = stage_choices(model)
+    every = [block for section in choices.sections for block in section]
+
+    def numbered(name: str, stages: Sequence[int]) -> Row:
+        return Row("schedule", f"equal numbers, {name}", MergeConfig(stages=stages, schedule="equal_numbers"))
+
     return [
-        ("one block earlier", tuple(sorted({max(0, block - 1) for block in default}))),
-        ("one block later", tuple(sorted({min(every[-1], block + 1) for block in default}))),
-        ("every block", every),
-        ("every block but the first two", every[2:]),
-        ("every other block", every[::2]),
-        ("every third block", every[::3]),
-        ("three in the first half", every[1 : 1 + 2 * quarter : max(1, quarter // 2)][:3]),
-        ("three in the second half", every[-2 * quarter :: max(1, quarter // 2)][:3]),
+        Row("schedule", "equal rates, the paper's stages", MergeConfig(schedule="equal_rates")),
+        numbered("the paper's stages", choices.equal_rates),
+        numbered("every block", every),
+        numbered("every block but the first and the last", every[1:-1]),
+        numbered("every other block, from the second", every[1:-1:2]),
+        numbered("every other block, from the first", every[:-1:2]),
+        Row("schedule", "late-heavy numbers, every block", shape=partial(numbers, choices.sections, 1, 2)),
     ]
 
 
 @contextmanager
 def in_place(row: Row) -> Iterator[None]:
     """Have the package merge by the row's variant."""
-    changed = {} if row.variant is None else {"merge": row.variant}
-    with mock.patch.dict(reduction.METHODS, changed):
+    with ExitStack() as stack:
+        if row.variant is not None:
+            stack.enter_context(mock.patch.dict(reduction.METHODS, {"merge": row.variant}))
+            stack.enter_context(mock.patch.object(merging, "ROUNDS", row.variant.rounds))
+            if not row.variant.offsets:
+                stack.enter_context(mock.patch.object(reduction, "_offset", return_value=None))
         yield
 
 
@@ -298,10 +294,20 @@ def in_place(row: Row) -> Iterator[None]:
 
 
 class Ablation:
-    """A model, images and what it makes of them unpatched."""
+    """A classifier, images and what it makes of them unpatched.
 
-    def __init__(self, model: nn.Module, images: Tensor, labels: Tensor, data: Path, batch_size: int):
-        self.model, self.images, self.labels, self.data, self.batch_size = model, images, labels, data, batch_size
+    What is compared is the root of the KL divergence: of the divergence itself, few images that move far would decide.
+
+    Attributes:
+        measure: what is compared.
+        training: returns images to calibrate by.
+    """
+
+    measure = "root KL"
+
+    def __init__(self, model: nn.Module, images: Tensor, labels: Tensor, training: Images, batch_size: int):
+        self.model, self.images, self.labels, self.batch_size = model, images, labels, batch_size
+        self.training = training
         self.full = count_macs(plan(model, None), images[:1])
         self.unpatched = self.outputs()
 
@@ -309,15 +315,19 @@ class Ablation:
     def outputs(self) -> Tensor:
         return torch.cat([self.model(part).float().log_softmax(1) for part in self.images.split(self.batch_size)])
 
-    def config(self, row: Row, share: float) -> tuple[MergeConfig, int]:
-        """Return the row's config at a share of the multiply-adds, and how many it leaves; the model is patched by it.
+    def patch(self, row: Row, share: float) -> tuple[MergeConfig, int]:
+        """Patch the model by the row, at a share of the multiply-adds; return the config, and how many are left.
 
         Raises:
             ConfigError: the row does not fit the model, or cannot leave so little.
         """
         if row.calibrated:
-            training = load_images(self.data, "train")[0][:CALIBRATION_IMAGES].to(self.images.device)
-            config = calibrate(self.model, training, share, progress=True)
+            config = calibrate(self.model, self.training(), share, batch_size=self.batch_size)
+        elif row.shape is not None:
+            schedule = Budget(self.model, self.images[:1], "compute", share).with_compute(row.config, row.shape, share)
+            if schedule is None:
+                raise ConfigError("It cannot leave so few multiply-adds.")
+            config = scheduled(row.config, schedule)
         else:
             config = equal_compute(self.model, self.images[:1], row.config, round(share * self.full))
         macs = count_macs(plan(self.model, config), self.images[:1])
@@ -325,178 +335,233 @@ class Ablation:
             raise ConfigError(f"It leaves {macs / self.full:.2f} of the multiply-adds, not {share}.")
         return config, macs
 
-    def measure(self, row: Row, share: float) -> dict[str, Any]:
-        """Return what became of the outputs; `root_kl` is one number an image."""
-        with in_place(row):
-            config, macs = self.config(row, share)
-            outputs = self.outputs()
+    def compared(self) -> tuple[dict[str, float], Tensor]:
+        """Return what became of the outputs, and how far each image moved."""
+        outputs = self.outputs()
         right, mine = (x.argmax(1) == self.labels for x in (self.unpatched, outputs))
         kl = F.kl_div(outputs, self.unpatched, log_target=True, reduction="none").sum(dim=1).clamp(min=0)
-        return {
-            "gmacs": macs / 1e9,
-            "config": config.to_json(),
+        found = {
             "top1": mine.float().mean().item(),
             "gained": int((mine & ~right).sum()),
             "lost": int((right & ~mine).sum()),
             "agreement": (outputs.argmax(1) == self.unpatched.argmax(1)).float().mean().item(),
             "kl": kl.mean().item(),
-            "root_kl": kl.sqrt(),
         }
+        return found, kl.sqrt()
+
+    def ablate(self, rows: Sequence[Row], shares: Sequence[float]) -> list[dict[str, Any]]:
+        """Measure every row at every share. The first row is the default."""
+        results = []
+        with tqdm(total=len(rows) * len(shares), desc="ablation", unit="setting") as bar:
+            for share in shares:
+                default: Tensor | None = None
+                for row in rows:
+                    result: dict[str, Any] = {"group": row.group, "name": row.name, "share": share}
+                    try:
+                        with in_place(row):
+                            config, macs = self.patch(row, share)
+                            found, distance = self.compared()
+                        default = distance if default is None else default
+                        result |= {"gmacs": macs / 1e9, "config": config.to_json(), **found}
+                        result["ratio"], result["ratio_half"] = against_default(distance, default)
+                    except ConfigError as error:
+                        result["refused"] = str(error)
+                    results.append(result)
+                    bar.update()
+        return results
 
 
-def against_default(root_kl: Tensor, default: Tensor) -> tuple[float, float]:
-    """Return the mean root of the KL divergence as a multiple of the default's, and half its 95 % interval.
+class DenseAblation(Ablation):
+    """A pretrained ViT without a classifier, its dense head, and crops of photographs.
 
-    The root, or a few images that move far would decide. The interval is that of the paired differences.
+    What is compared is the relative error of the patch tokens, photograph by photograph.
     """
-    difference = root_kl - default
+
+    measure = "error of the patch tokens"
+
+    def __init__(
+        self,
+        model: nn.Module,
+        head: nn.Module,
+        images: Tensor,
+        photograph: Tensor,
+        training: Images,
+        batch_size: int,
+    ):
+        self.head = head
+        super().__init__(model, images, photograph, training, batch_size)
+
+    @torch.inference_mode()
+    def outputs(self) -> Any:
+        parts = []
+        for images in self.images.split(self.batch_size):
+            tokens = self.model.forward_features(images)  # type: ignore[operator]
+            parts.append((tokens[:, 1:], tokens[:, 0], self.head(tokens[:, 1:])))
+        return [torch.cat(part) for part in zip(*parts, strict=True)]
+
+    def compared(self) -> tuple[dict[str, float], Tensor]:
+        (patches, token, saliency), unpatched = self.outputs(), self.unpatched
+        errors = {
+            "patches": relative_error(patches, unpatched[0]),
+            "class_token": relative_error(token, unpatched[1]),
+            "saliency": (saliency - unpatched[2]).abs().mean(dim=(1, 2, 3)),
+        }
+        found = {name: self.by_photograph(error) for name, error in errors.items()}
+        return {name: error.mean().item() for name, error in found.items()}, found["patches"]
+
+    def by_photograph(self, error: Tensor) -> Tensor:
+        """Return the mean over the crops of each photograph."""
+        count = torch.bincount(self.labels)
+        return torch.zeros(len(count)).index_add(0, self.labels, error.cpu()) / count
+
+
+def relative_error(mine: Tensor, expected: Tensor) -> Tensor:
+    """Return the relative L2 error of each image."""
+    return (mine - expected).flatten(1).norm(dim=1) / expected.flatten(1).norm(dim=1)
+
+
+def against_default(distance: Tensor, default: Tensor) -> tuple[float, float]:
+    """Return the mean distance as a multiple of the default's, and half the 95 % interval of the paired differences."""
+    difference = distance - default
     half = 1.959964 * difference.std().item() / math.sqrt(len(difference))
-    return root_kl.mean().item() / default.mean().item(), half / default.mean().item()
-
-
-def ablate(ablation: Ablation, rows: Sequence[Row], shares: Sequence[float]) -> list[dict[str, Any]]:
-    """Measure every row at every share. The first row is the default."""
-    results = []
-    with tqdm(total=len(rows) * len(shares), desc="ablation", unit="setting") as bar:
-        for share in shares:
-            default: Tensor | None = None
-            for row in rows:
-                result: dict[str, Any] = {"group": row.group, "name": row.name, "share": share}
-                try:
-                    result |= ablation.measure(row, share)
-                    root_kl = result.pop("root_kl")
-                    default = root_kl if default is None else default
-                    result["ratio"], result["ratio_half"] = against_default(root_kl, default)
-                except ConfigError as error:
-                    result["refused"] = str(error)
-                results.append(result)
-                bar.update()
-    return results
+    return distance.mean().item() / default.mean().item(), half / default.mean().item()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Tables
 
 
-def print_table(record: dict[str, Any]) -> None:
-    """Print everything that was measured on one model."""
-    n = record["images"]
-    print(f"\n{record['model']}: {record['description']}\n")
-    print(
-        "| share | choice | GMACs | top-1 | difference, points [95 %] | agreement | KL | root KL / default's [95 %] |"
+def tables(record: dict[str, Any]) -> str:
+    """Return everything that was measured on one model, as Markdown: a table for each share."""
+    lines = [f"# {record['model']}", "", record["description"], ""]
+    dense = "top1" not in record
+    if dense:
+        titles = ["patch tokens", "class token", "saliency"]
+    else:
+        titles = ["top-1", "difference, points [95 %]", "agreement", "KL"]
+    for share in dict.fromkeys(row["share"] for row in record["rows"]):
+        lines += [f"At {share} of {record['gmacs']:.3f} GMACs:", ""]
+        lines += ["| | choice | GMACs | " + " | ".join(titles) + f" | {record['measure']} / default's [95 %] |"]
+        lines += ["|---|---|" + "---:|" * (len(titles) + 2)]
+        if not dense:
+            lines += [f"| | unpatched | {record['gmacs']:.3f} | {record['top1']:.2%} | - | 100.00% | 0 | - |"]
+        for row in record["rows"]:
+            if row["share"] != share:
+                continue
+            start = f"| {row['group']} | {row['name']} |"
+            if "refused" in row:
+                lines.append(f"{start} does not fit: {row['refused'].split('. ')[0]} |" + " |" * (len(titles) + 1))
+                continue
+            ratio = "1" if row["group"] == "default" else f"{row['ratio']:.3f} ± {row['ratio_half']:.3f}"
+            cells = [f"{row['gmacs']:.3f}", *_cells(row, record["images"]), ratio]
+            lines.append(f"{start} " + " | ".join(cells) + " |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _cells(row: dict[str, Any], images: int) -> list[str]:
+    if "patches" in row:
+        return [f"{row['patches']:.4f}", f"{row['class_token']:.4f}", f"{row['saliency']:.4f}"]
+    low, high = (100 * end for end in paired_interval(row["gained"], row["lost"], images))
+    difference = f"{100 * (row['gained'] - row['lost']) / images:+.2f} [{low:+.2f}, {high:+.2f}]"
+    return [f"{row['top1']:.2%}", difference, f"{row['agreement']:.2%}", f"{row['kl']:.1e}"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Models and images
+
+
+def on_photographs(args: argparse.Namespace) -> tuple[DenseAblation, str]:
+    """Return the pretrained ViT on half of the photographs, to be calibrated on the other half, and a description."""
+    found = [photographs(folder, args.img_size, args.crops + 1) for folder in args.photographs]
+    # The first crop of a photograph is the whole of it.
+    crops = torch.cat([part.images.unflatten(0, (-1, args.crops + 1))[:, 1:] for part in found])
+    images, training = (crops[half::2].flatten(0, 1) for half in (args.half, 1 - args.half))
+    number = len(images) // args.crops
+    photograph = torch.arange(number).repeat_interleave(args.crops)
+    model, head = load_backbone(args.weights, args.img_size), load_decoder(args.weights)
+    ablation = DenseAblation(model, head, images, photograph, lambda: training, args.batch_size)
+    return ablation, f"{number} photographs, {args.crops} crops of {args.img_size} px each"
+
+
+def on_objects(args: argparse.Namespace) -> tuple[Ablation, str]:
+    """Return the classifier of train_classifier.py on the test images that it wrote."""
+    classes = len((args.weights / "classes.txt").read_text().split("\n")) - 1
+    model = timm.create_model(MODEL, num_classes=classes, img_size=args.img_size)
+    model.load_state_dict(fit_positions(load_file(args.weights / "weights.safetensors"), model))
+    transform = create_transform(
+        **resolve_model_data_config(model) | {"crop_pct": 1.0, "input_size": (3, args.img_size, args.img_size)}
     )
-    print("|---:|---|---:|---:|---:|---:|---:|---:|")
-    print(f"| 1 | unpatched | {record['gmacs']:.3f} | {record['top1']:.2%} | - | 100.00% | 0.0e+00 | - |")
-    for row in record["rows"]:
-        name = row["name"] if row["group"] in ("default", "baselines") else f"{row['group']}: {row['name']}"
-        if "refused" in row:
-            print(f"| {row['share']} | {name} | does not fit: {row['refused'].split('. ')[0]} |" + " |" * 5)
-            continue
-        low, high = (100 * end for end in paired_interval(row["gained"], row["lost"], n))
-        difference = f"{100 * (row['gained'] - row['lost']) / n:+.2f} [{low:+.2f}, {high:+.2f}]"
-        ratio = f"{row['ratio']:.2f} ± {row['ratio_half']:.2f}"
-        print(
-            f"| {row['share']} | {name} | {row['gmacs']:.3f} | {row['top1']:.2%} | {difference} | "
-            f"{row['agreement']:.2%} | {row['kl']:.1e} | {'1' if row['group'] == 'default' else ratio} |"
-        )
+    dataset = create_dataset("", str(args.objects), transform=transform)
+    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0)).tolist()
+    pairs = [dataset[i] for i in order[: args.images + CALIBRATION_IMAGES]]
+    images, labels = torch.stack([image for image, _ in pairs]), torch.tensor([label for _, label in pairs])
+    training, images, labels = images[args.images :], images[: args.images], labels[: args.images]
+    ablation = Ablation(model.eval(), images, labels, lambda: training, args.batch_size)
+    return ablation, f"{len(images):,} images of objects in front of photographs that training did not show"
 
 
-def print_methods(records: Sequence[dict[str, Any]]) -> None:
-    """Print what the default and the baselines do to all models: top-1 less the unpatched model's, and KL."""
-    columns = dict.fromkeys(
-        row["name"] for record in records for row in record["rows"] if row["group"] in ("default", "baselines")
-    )
-    print("| model | top-1 | share | " + " | ".join(columns) + " |")
-    print("|---" * (3 + len(columns)) + "|")
-    for record in records:
-        for share in dict.fromkeys(row["share"] for row in record["rows"]):
-            found = {row["name"]: row for row in record["rows"] if row["share"] == share}
-            cells = [_difference(found.get(name), record["images"]) for name in columns]
-            print(f"| {record['model']} | {record['top1']:.2%} | {share} | " + " | ".join(cells) + " |")
+def on_fashion_mnist(args: argparse.Namespace) -> tuple[Ablation, str]:
+    """Return the built-in model, or another of train_reference.py, on Fashion-MNIST."""
+    model = create_model(args.model).eval()
+    load_checkpoint(model, str(args.weights))
+    part = slice(args.skip, args.skip + args.images)
+    images, labels = (x[part] for x in load_images(args.data, args.split))
 
+    def training() -> Tensor:
+        return load_images(args.data, "train")[0][:CALIBRATION_IMAGES]
 
-def _difference(row: dict[str, Any] | None, images: int) -> str:
-    if row is None or "refused" in row:
-        return "-"
-    low, high = paired_interval(row["gained"], row["lost"], images)
-    points = 100 * (row["gained"] - row["lost"]) / images
-    return f"{points:+.2f} ± {50 * (high - low):.2f}, {row['kl']:.1e}"
-
-
-def print_choices(records: Sequence[dict[str, Any]]) -> None:
-    """Print the ratios of all models side by side: one cell a model, one number a share, marked where certain."""
-    shares = sorted({row["share"] for record in records for row in record["rows"]}, reverse=True)
-    print("| choice | " + " | ".join(record["model"] for record in records) + " |")
-    print("|---" * (1 + len(records)) + "|")
-    names = dict.fromkeys((row["group"], row["name"]) for record in records for row in record["rows"])
-    for group, name in names:
-        cells = []
-        for record in records:
-            found = {row["share"]: row for row in record["rows"] if (row["group"], row["name"]) == (group, name)}
-            cells.append(" / ".join(_ratio(found.get(share)) for share in shares))
-        print(f"| {group}: {name} | " + " | ".join(cells) + " |")
-
-
-def _ratio(row: dict[str, Any] | None) -> str:
-    """Return the ratio of a row: bold where it is below 1 by more than its interval, plain where it is above."""
-    if row is None or "refused" in row:
-        return "-"
-    text = f"{row['ratio']:.2f}"
-    if row["ratio"] + row["ratio_half"] < 1:
-        return f"**{text}**"
-    return text if row["ratio"] - row["ratio_half"] > 1 or row["group"] == "default" else f"({text})"
+    ablation = Ablation(model, images, labels, training, args.batch_size)
+    return ablation, f"{len(images):,} {'test' if args.split == 't10k' else 'training'} images of Fashion-MNIST"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--summary", type=Path, nargs="+", help="print the tables of these files, and measure nothing")
-    parser.add_argument("--data", type=Path, help="folder of the four IDX files")
-    parser.add_argument("--model", default="vit", choices=MODELS, help="as trained")
-    parser.add_argument("--weights", type=Path, default=WEIGHTS, help="of examples/train_reference.py")
-    parser.add_argument("--name", help="of the model, in the tables (default: as --model)")
-    parser.add_argument("--split", default="t10k", choices=["t10k", "train"])
-    parser.add_argument("--skip", type=int, default=0, help="leave out the first so many images")
-    parser.add_argument("--images", type=int, default=10_000, help="use so many")
-    parser.add_argument("--shares", type=float, nargs="+", default=[0.8, 0.67, 0.5], help="of the multiply-adds")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--photographs", type=Path, nargs="+", help="folders of photographs")
+    source.add_argument("--objects", type=Path, help="folder of images that train_classifier.py wrote")
+    source.add_argument("--data", type=Path, help="folder of Fashion-MNIST's four IDX files")
+    parser.add_argument(
+        "--weights", type=Path, default=WEIGHTS, help="of real_weights.py, of the classifier, or a file"
+    )
+    parser.add_argument("--half", type=int, default=0, choices=[0, 1], help="of the photographs")
+    parser.add_argument("--crops", type=int, default=1, help="of each photograph")
+    parser.add_argument("--img-size", type=int, default=224, help="pixels of the ViT's images")
+    parser.add_argument("--model", default="vit", choices=MODELS, help="for Fashion-MNIST, as trained")
+    parser.add_argument("--name", help="title of the tables")
+    parser.add_argument("--split", default="t10k", choices=["t10k", "train"], help="of Fashion-MNIST")
+    parser.add_argument("--skip", type=int, default=0, help="leave out the first so many of its images")
+    parser.add_argument("--images", type=int, default=10_000, help="use so many, of objects or Fashion-MNIST")
+    parser.add_argument("--shares", type=float, nargs="+", default=[0.67, 0.5], help="of the multiply-adds")
     parser.add_argument("--groups", nargs="+", help="groups of rows, or rows by name (default: all)")
     parser.add_argument("--batch-size", type=int, default=50)
-    parser.add_argument("--bfloat16", action="store_true", help="autocast to it")
     parser.add_argument("--json", type=Path, help="write the numbers to this file")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--markdown", type=Path, help="write the tables to this file")
     args = parser.parse_args()
-    if args.summary:
-        records = [json.loads(path.read_text()) for path in args.summary]
-        print_methods(records)
-        print()
-        print_choices(records)
-        return
-    if args.data is None:
-        parser.error("--data is missing: give the folder of the four IDX files of Fashion-MNIST.")
     keep_freed_memory()
-    model = create_model(args.model).eval()
-    load_checkpoint(model, str(args.weights))
-    model = model.to(args.device)
-    rows = rows_for(model)
+    start = on_photographs if args.photographs else on_objects if args.objects else on_fashion_mnist
+    ablation, images = start(args)
+    rows = rows_for(ablation.model)
     if args.groups:
         rows = [row for row in rows if row.group == "default" or {row.group, row.name}.intersection(args.groups)]
-    part = slice(args.skip, args.skip + args.images)
-    images, labels = (x[part].to(args.device) for x in load_images(args.data, args.split))
-    with torch.autocast(args.device, torch.bfloat16, enabled=args.bfloat16):
-        ablation = Ablation(model, images, labels, args.data, args.batch_size)
-        results = ablate(ablation, rows, args.shares)
-    where = "CUDA" if args.device != "cpu" else f"{platform.machine()} CPU"
-    versions = f"torch {torch.__version__.split('+')[0]}, timm {timm.__version__}, {where}"
+    results = ablation.ablate(rows, args.shares)
+    versions = f"torch {torch.__version__.split('+')[0]}, timm {timm.__version__}, {platform.machine()} CPU"
     record = {
-        "model": args.name or args.model,
-        "description": f"{len(images):,} {'test' if args.split == 't10k' else 'training'} images, {versions}",
-        "images": len(images),
+        "model": args.name or ("vit_small_patch14_dinov2" if args.data is None else args.model),
+        "description": f"{images}; {versions}.",
+        "images": len(ablation.images),
         "gmacs": ablation.full / 1e9,
-        "top1": (ablation.unpatched.argmax(1) == labels).float().mean().item(),
+        "measure": ablation.measure,
         "rows": results,
     }
+    if not isinstance(ablation, DenseAblation):
+        record["top1"] = (ablation.unpatched.argmax(1) == ablation.labels).float().mean().item()
     if args.json:
         args.json.write_text(json.dumps(record, indent=1))
-    print_table(record)
+    if args.markdown:
+        args.markdown.parent.mkdir(parents=True, exist_ok=True)
+        args.markdown.write_text(tables(record))
+    print(tables(record))
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ import timm
 import torch
 
 import token_merge_plugin
+from token_merge_plugin.config import SCHEDULES
 from token_merge_plugin.trial.counting import count_macs
 from token_merge_plugin.trial.measuring import keep_freed_memory, time_in_turns
 
@@ -23,6 +24,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="deit_small_patch16_224")
     parser.add_argument("--keep-rates", type=float, nargs="+", default=[0.9, 0.8, 0.7, 0.6, 0.5])
+    parser.add_argument("--schedules", nargs="+", default=["default"], choices=["default", *SCHEDULES[1:]])
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -36,8 +38,11 @@ def main() -> None:
     model = timm.create_model(args.model).eval().to(device, dtype)
     size = timm.data.resolve_data_config(model=model)["input_size"]
     images = torch.randn(args.batch_size, *size, device=device, dtype=dtype)
-    rates = [1.0, *args.keep_rates]
-    configs = [token_merge_plugin.MergeConfig(rate) for rate in rates]
+    contenders = [("", 1.0), *((schedule, rate) for schedule in args.schedules for rate in args.keep_rates)]
+    configs = [
+        token_merge_plugin.MergeConfig(rate, schedule=schedule if schedule in SCHEDULES else None)
+        for schedule, rate in contenders
+    ]
     macs = [count_macs(token_merge_plugin.apply(model, config), images[:1]) for config in configs]
     seconds = time_in_turns(model, configs, images, rounds=args.rounds, seconds=math.inf)
 
@@ -45,13 +50,13 @@ def main() -> None:
     threads = "" if device.type == "cuda" else f", {torch.get_num_threads()} threads"
     print(f"{args.model}, {args.dtype}, batch {args.batch_size}, {args.rounds} rounds, {name}{threads}")
     print(f"torch {torch.__version__}, timm {timm.__version__}, token_merge_plugin {token_merge_plugin.__version__}\n")
-    print("| keep rate | GMACs | share of GMACs | share of time | speed-up | time share / GMAC share |")
-    print("|---:|---:|---:|---:|---:|---:|")
-    for rate, of_rate, times in zip(rates, macs, seconds, strict=True):
+    print("| schedule | keep rate | GMACs | share of GMACs | share of time | speed-up | time share / GMAC share |")
+    print("|---|---:|---:|---:|---:|---:|---:|")
+    for (schedule, rate), of_rate, times in zip(contenders, macs, seconds, strict=True):
         time_share = statistics.median(a / b for a, b in zip(times, seconds[0], strict=True))
         mac_share = of_rate / macs[0]
         print(
-            f"| {rate} | {of_rate / 1e9:.2f} | {mac_share:.3f} | {time_share:.3f} | {1 / time_share:.2f}x "
+            f"| {schedule} | {rate} | {of_rate / 1e9:.2f} | {mac_share:.3f} | {time_share:.3f} | {1 / time_share:.2f}x "
             f"| {time_share / mac_share:.2f} |"
         )
 

@@ -1,3 +1,5 @@
+import os
+
 import torch
 from hypothesis import settings
 
@@ -5,5 +7,7 @@ from hypothesis import settings
 settings.register_profile("tensors", deadline=None, max_examples=50)
 settings.load_profile("tensors")
 
-# The models are small: on one thread they run as fast, and do not fight other processes for the second core.
+# The models are small: on one thread they run as fast. Two threads that wait for each other while another process has
+# their core are many times slower. The variable is for the programs that tests start.
 torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"

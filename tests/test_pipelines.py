@@ -709,7 +709,7 @@ def test_a_bad_value_in_the_environment_is_an_error_that_names_the_variable(name
         MergeConfig((0.9, 0.8, 0.5)),
         MergeConfig({1: 0.9, 4: 0.6}),
         MergeConfig({}),
-        MergeConfig(0.5, stages=(2, 4), importance="uniform", distinctiveness=False),
+        MergeConfig(0.5, stages=(2, 4), importance="uniform", proportional_attention=False),
     ],
 )
 def test_a_script_has_its_options_in_its_environment(config, tmp_path, monkeypatch):
@@ -731,7 +731,7 @@ def test_a_script_has_its_options_in_its_environment(config, tmp_path, monkeypat
         assert keep_rate_of(timm.create_model("test_vit")) == 0.3
     plan = plan_of(torch.load("model.pt", weights_only=False))
     assert (plan and plan.schedule) == (expected and expected.schedule)
-    for option in ("importance", "distinctiveness", "similarity"):
+    for option in ("importance", "proportional_attention", "similarity"):
         assert plan is None or getattr(plan.config, option) == getattr(config, option)
 
 

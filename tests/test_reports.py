@@ -13,13 +13,23 @@ import onnxruntime
 import pytest
 import timm
 import torch
-from checks import run_program, set_fused_attention, shapes
+from checks import gradients, run_program, set_fused_attention, shapes
 from families import FAMILIES, images, make
 from timm.models.vision_transformer import VisionTransformer
 from timm.utils import AttentionExtract
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
+from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
-from token_merge_plugin import PatchStateError, UnsupportedModelError, apply, remove
+from token_merge_plugin import (
+    ConfigError,
+    PatchStateError,
+    UnsupportedModelError,
+    apply,
+    full_grid,
+    remove,
+    restore,
+)
 from token_merge_plugin.adapters import find_adapter
 
 
@@ -204,8 +214,9 @@ def test_scripting_is_refused_with_what_works_instead(kind):
 
 def test_symbolic_tracing_is_refused_with_what_works_instead():
     """A feature extractor is made by torch.fx."""
-    with pytest.raises(PatchStateError, match=r"torch.fx cannot trace a VisionTransformer.* Use torch.export"):
-        torch.fx.symbolic_trace(apply(make(), 0.6))
+    for kind, name in (("ViT", "VisionTransformer"), ("Swin", "SwinTransformerBlock"), ("XCiT", "XCABlock")):
+        with pytest.raises(PatchStateError, match=rf"torch.fx cannot trace a {name}.* Use torch.export"):
+            torch.fx.symbolic_trace(apply(make(kind), 0.6))
 
 
 @pytest.mark.parametrize("kind", ["ViT", "Swin"])
@@ -305,3 +316,191 @@ def test_attention_without_fused_kernels_exports_without_dropout():
     graph = exported_by_tracing(apply(model, 0.6), images()).graph
     assert "Softmax" in {node.op_type for node in graph.node}
     assert "Dropout" not in {node.op_type for node in graph.node}
+
+
+class Prompted(torch.nn.Module):
+    """Learned prompts in front of the class token, or behind it, in a forward pass written out by hand."""
+
+    def __init__(self, model, before, prompts=6):
+        super().__init__()
+        torch.manual_seed(9)
+        self.model, self.before = model, before
+        self.prompts = torch.nn.Parameter(torch.randn(1, prompts, model.embed_dim))
+
+    def forward(self, x):
+        tokens = self.model._pos_embed(self.model.patch_embed(x))
+        prompts, place = self.prompts.expand(len(x), -1, -1), 0 if self.before else 1
+        tokens = torch.cat((tokens[:, :place], prompts, tokens[:, place:]), dim=1)
+        tokens = self.model.norm(self.model.blocks(tokens))
+        return self.model.head(tokens[:, self.prompts.shape[1] if self.before else 0])
+
+
+@pytest.mark.parametrize("before", [True, False])
+@torch.no_grad()
+def test_prompts_are_noticed_and_where_they_are_declared_never_merged(before):
+    x = images()
+    with pytest.raises(PatchStateError, match=r"given 71 tokens, where 1 prefix tokens and a grid of 8 x 8"):
+        apply(Prompted(make(), before), 0.7)(x)
+    expected = Prompted(make(), before)(x)
+    plain = (apply(make(), 0.7)(x) - make()(x)).norm()
+    prompted = apply(Prompted(make(), before), 0.7, num_prefix_tokens=7)
+    assert (prompted(x) - expected).norm() < 3 * plain
+    seen = []
+    prompted.model.blocks[-1].norm1.register_forward_hook(lambda module, args, output: seen.append(output.shape[1]))
+    prompted(x)
+    assert seen[0] < 7 + 64
+    for wrong in (0, -1, 1.5, True):
+        with pytest.raises(ConfigError, match="num_prefix_tokens"):
+            apply(make(), 0.7, num_prefix_tokens=wrong)
+
+
+def no_class_token(model):
+    model.cls_token, model.has_class_token, model.num_prefix_tokens = None, False, 0
+    model.pos_embed = torch.nn.Parameter(model.pos_embed[:, 1:])
+
+
+def registers(model):
+    model.reg_token = torch.nn.Parameter(torch.zeros(1, 2, model.embed_dim))
+    model.num_prefix_tokens, model.no_embed_class = 3, True
+    model.pos_embed = torch.nn.Parameter(model.pos_embed[:, 1:])
+
+
+def another_attention(model):
+    model.blocks[2].attn = make().blocks[2].attn
+
+
+def delete(model):
+    del model.blocks[1]
+
+
+def cut_front(model):
+    model.blocks = model.blocks[2:]
+
+
+def identity(model):
+    model.blocks[1] = torch.nn.Identity()
+
+
+def fresh_block(model):
+    model.blocks[0] = make().blocks[0]
+
+
+def another_grid(model):
+    model.patch_embed = make("ViT, any image size", img_size=48, dynamic_img_size=False).patch_embed
+    model.pos_embed = torch.nn.Parameter(torch.zeros(1, 145, model.embed_dim))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [no_class_token, registers, another_attention, delete, cut_front, identity, fresh_block, another_grid],
+)
+@torch.no_grad()
+def test_a_model_that_is_changed_after_apply_says_so_when_it_is_called(change):
+    """Layers are pruned, replaced or initialised anew; registers are added, or the class token is taken away."""
+    model = apply(make(), 0.6)
+    change(model)
+    for call in (model, model.forward_features, model.forward_intermediates):
+        with pytest.raises(PatchStateError, match=r"was changed since apply.* Apply again"):
+            call(images())
+    if change is not identity:  # which is no block that anybody knows
+        assert apply(model, 0.6) is model
+
+
+def recomputed(model, x, blocks, **options):
+    """Gradients of a forward pass written out by hand, in which somebody else checkpoints some blocks."""
+    model.zero_grad()
+    tokens = model._pos_embed(model.patch_embed(x))
+    for index, block in enumerate(model.blocks):
+        tokens = checkpoint(block, tokens, **options) if index in blocks else block(tokens)
+    model.forward_head(model.norm(tokens)).square().sum().backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("blocks", [(0,), (1, 3), (0, 1, 2, 3)])
+def test_blocks_that_others_recompute_have_the_gradients_of_blocks_that_nobody_does(blocks):
+    model, x = apply(make().train(), 0.6), images()
+    expected = recomputed(model, x, ())
+    for _ in range(2):
+        torch.testing.assert_close(recomputed(model, x, blocks, use_reentrant=False), expected)
+    if blocks == (0,):  # where the pass begins, all that is needed are the tokens
+        torch.testing.assert_close(recomputed(model, x, blocks, use_reentrant=True), expected)
+    else:
+        with pytest.raises(PatchStateError, match="use_reentrant=False"):
+            recomputed(model, x, blocks, use_reentrant=True)
+    torch.testing.assert_close(recomputed(model, x, ()), expected)
+
+
+def test_a_segment_of_blocks_can_be_recomputed():
+    model, x = apply(make().train(), 0.6), images()
+    expected = recomputed(model, x, ())
+    model.zero_grad()
+    tokens = model._pos_embed(model.patch_embed(x))
+    tokens = checkpoint_sequential(list(model.blocks), 2, tokens, use_reentrant=False)
+    model.forward_head(model.norm(tokens)).square().sum().backward()
+    torch.testing.assert_close({name: p.grad for name, p in model.named_parameters()}, expected)
+
+
+@pytest.mark.parametrize("first", ["apply", "wrap"])
+@pytest.mark.parametrize("kind", ["ViT", "ViT, average", "EVA-02", "Swin", "CaiT", "PiT"])
+def test_wrappers_for_activation_checkpointing_train_in_either_order(kind, first):
+    def wrap(model):
+        adapter = find_adapter(model)
+        blocks = {id(block) for block in adapter.blocks(model)}
+        apply_activation_checkpointing(model, check_fn=lambda module: id(module) in blocks)
+        return model
+
+    x = images(kind)
+    _, expected = gradients(apply(make(kind).train(), 0.6), x)
+    model = make(kind).train()
+    model = wrap(apply(model, 0.6)) if first == "apply" else apply(wrap(model), 0.6)
+    _, found = gradients(model, x)
+    assert len(found) == len(expected)
+    for a, b in zip(found.values(), expected.values(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_model_that_is_called_inside_of_its_own_pass_begins_one_of_its_own():
+    """A hook, or a teacher that shares the model, calls it again."""
+    model, x, other = apply(make(), 0.6), images(), images(seed=7)
+    expected, of_other = model(x), model.forward_features(other)
+    inner = []
+
+    def call(module, args, output):
+        if not inner:
+            inner.append(None)
+            inner[0] = model.forward_features(other)
+
+    model.blocks[2].register_forward_hook(call)
+    assert torch.equal(model(x), expected)
+    assert torch.equal(inner[0], of_other)
+
+
+@pytest.mark.parametrize("kind", ["ViT", "ViT, average", "EVA-02", "CaiT"])
+@torch.no_grad()
+def test_hooks_see_the_full_grid_where_that_is_asked_for(kind):
+    """Grad-CAM, retrieval features and dense heads hook the blocks, or a norm inside of one."""
+    model, x = apply(make(kind), 0.5), images(kind)
+    expected, seen, inside = model(x), [], []
+    for block in model.blocks:
+        block.register_forward_hook(lambda module, args, output: seen.append(output))
+        block.norm1.register_forward_hook(lambda module, args, output: inside.append(restore(model, output)))
+    with full_grid(model):
+        torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-4)
+    tokens = seen[0].shape[1]
+    assert [output.shape[1] for output in seen] == [output.shape[1] for output in inside] == [tokens] * len(seen)
+    if kind != "CaiT":
+        grids = model.forward_intermediates(x, intermediates_only=True, norm=False, output_fmt="NLC")
+        for output, grid in zip(seen[: len(grids)], grids, strict=True):
+            torch.testing.assert_close(output[:, -grid.shape[1] :], grid, rtol=1e-4, atol=1e-4)
+    seen.clear()
+    model(x)
+    assert seen[-2].shape[1] < tokens
+
+
+def test_a_hook_that_restores_what_comes_before_a_stage_is_told_so():
+    model = apply(make(), {2: 0.5, 3: 0.5})
+    model.blocks[3].norm1.register_forward_hook(lambda module, args, output: restore(model, output[:, :-1]))
+    with pytest.raises(PatchStateError, match="The pass under way has 33 tokens, and there are 32"):
+        model(images())
+    assert torch.equal(restore(make(), torch.ones(1, 2, 3)), torch.ones(1, 2, 3))

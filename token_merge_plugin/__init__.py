@@ -24,12 +24,20 @@ from token_merge_plugin.errors import (
     TokenMergeError,
     UnsupportedModelError,
 )
-from token_merge_plugin.patching import apply, remove, supported_models
+from token_merge_plugin.patching import (
+    apply,
+    config_of,
+    full_grid,
+    is_patched,
+    remove,
+    restore,
+    supported_models,
+)
 from token_merge_plugin.pipelines import install, patch_timm, uninstall
 
 if TYPE_CHECKING:
     from token_merge_plugin import trial
-    from token_merge_plugin.trial import calibrate
+    from token_merge_plugin.trial import calibrate, summary
 
 # Registers LV-ViT with timm, unless another package has: its models are served as well.
 if not timm.is_model("lvvit_s"):
@@ -52,10 +60,15 @@ __all__ = [
     "UnsupportedModelError",
     "apply",
     "calibrate",
+    "config_of",
+    "full_grid",
     "install",
+    "is_patched",
     "patch_timm",
     "register_adapter",
     "remove",
+    "restore",
+    "summary",
     "supported_models",
     "trial",
     "uninstall",
@@ -64,10 +77,10 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     """Import the trial only when it is asked for: a model in production needs none of it."""
-    if name not in ("trial", "calibrate"):
+    if name not in ("trial", "calibrate", "summary"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     trial = importlib.import_module(f"{__name__}.trial")
-    return trial if name == "trial" else trial.calibrate
+    return trial if name == "trial" else getattr(trial, name)
 
 
 def __dir__() -> list[str]:

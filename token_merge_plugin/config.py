@@ -1,10 +1,11 @@
 """What the user may ask for: `MergeConfig`, its validation, and the way from keep rates to token counts."""
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from numbers import Integral, Real
-from typing import TypeAlias
+from typing import Literal, TypeAlias, TypedDict
 
 from token_merge_plugin.errors import ConfigError
 
@@ -22,6 +23,23 @@ PROPORTIONAL = ("merge", "tome", "late_tome", "ppt")
 IMPORTANCE = ("auto", "class_attention", "uniform")
 SIMILARITY = ("tokens", "keys", "values")
 MULTI_SCALE = ("off", "importance", "descriptors", "learned")
+SCHEDULES = (None, "equal_numbers", "equal_rates")
+# Equal numbers: no stage merges a larger share of its tokens than this, as long as the stages suffice.
+LARGEST_CUT = 0.4
+
+
+class MergeOptions(TypedDict, total=False):
+    """The options of `apply` beside the keep rate, for type checkers and editors; `MergeConfig` documents them."""
+
+    method: Literal["merge", "tome", "late_tome", "evit", "ppt", "prune", "random"]
+    r: int | None
+    stages: Sequence[int] | None
+    schedule: Literal["equal_numbers", "equal_rates"] | None
+    importance: Literal["auto", "class_attention", "uniform"]
+    similarity: Literal["tokens", "keys", "values"]
+    multi_scale: Literal["off", "importance", "descriptors", "learned"]
+    proportional_attention: bool
+    num_prefix_tokens: int | None
 
 
 @dataclass(frozen=True)
@@ -29,30 +47,36 @@ class MergeConfig:
     """Options of `apply`; everything but `keep_rate` has a measured default.
 
     Attributes:
-        keep_rate: share of the image tokens that each stage keeps, in (0, 1]: one float for every stage, a sequence
-            with one float a stage, or a mapping {block index: rate}, which also says where the stages are. For
-            "tome" and "late_tome", which reduce tokens a little in every block, one float asks for the compute that
-            it would leave with three stages.
+        keep_rate: how many of the image tokens stay, in (0, 1]. One float is the share that each of three stages
+            would keep, at 1/4, 1/2 and 3/4 of the depth: as much work is left, whatever the schedule is. A sequence
+            has one share for each stage, and a mapping {block index: rate} also says where the stages are.
         method: "merge" is this package's own. The others are published baselines to compare it with, whose further
             options are fixed: "tome" (Bolya et al. 2023), "late_tome" (as "tome", with numbers of merged tokens that
             grow with the square of the depth: LaterIsBetter), "evit" (Liang et al. 2022), "ppt" (Wu et al. 2023:
             image by image, drops tokens or merges them), "prune" (as "evit", but the tokens that do not stay are
             dropped) and "random" (as "prune", in a pseudo-random order of the patches).
         r: of "tome" only, and instead of keep_rate: how many tokens each block merges, at most half of them.
-        stages: indices of the blocks that reduce tokens, counted through the whole network; None for the family's
-            measured default: blocks at 1/4, 1/2 and 3/4 of the depth where tokens leave the sequence for good.
-        importance: whose attention says how much an image token matters. "auto": that of 16 image tokens, evenly
-            spaced, which stand for all; where tokens are merged before they attend, nobody's. "class_attention": that
-            of the class token (and of DeiT's distillation token). "uniform": nobody's, distinctiveness alone decides.
-        distinctiveness: weigh the importance of a token by how little it resembles the tokens that stay.
-        similarity: descriptors that decide which crucial token takes a merged one: "tokens" (as they leave the
-            attention's residual), "keys" or "values".
+        stages: indices of the blocks that reduce tokens, counted through the whole network; None for the schedule's
+            own.
+        schedule: how one float becomes the shares of the stages. "equal_numbers": each stage merges as many tokens,
+            but at most 40 % of those that it has; five stages at odd twelfths of the depth (blocks 1, 3, 5, 7 and 9 of
+            12) if none are given. "equal_rates": each stage keeps the share `keep_rate`; three stages at 1/4, 1/2 and
+            3/4 of the depth, or those that a family does best with, if none are given. None: equal rates where stages
+            are given, or where blocks give back the grid; else equal numbers.
+        importance: whose attention says how much an image token matters. "auto": that of the class token, if there is
+            one, and that of 16 image tokens, evenly spaced, which stand for all; where tokens are merged before they
+            attend, nobody's. "class_attention": that of the class token alone (and of DeiT's distillation token).
+            "uniform": nobody's, what a merge loses decides alone.
+        similarity: descriptors by which is told what a merge loses: "tokens" (as they leave the attention's residual),
+            "keys" or "values".
         multi_scale: where features of several scales of the patch grid are fused in: "off", "importance" or
             "descriptors", where they help to choose tokens, which stay as they are; or "learned", into the tokens in
             front of the first stage, by depthwise convolutions whose gates start at zero: to be trained. Their
             parameters join the model's `state_dict`, with "token_merge_fusion" in their names.
         proportional_attention: attend to a merged token as often as to the patches it stands for (ToMe, Bolya et
             al. 2023, section 3). Of "merge", "tome", "late_tome" and "ppt"; always off in the others.
+        num_prefix_tokens: tokens in front of the patches, which are never merged, where others were added to the
+            model's own, such as prompts: the number of all, the class token included. None for the model's own.
 
     Raises:
         ConfigError: an option has a value that is not allowed.
@@ -62,11 +86,12 @@ class MergeConfig:
     method: str = "merge"
     r: int | None = None
     stages: Sequence[int] | None = None
+    schedule: str | None = None
     importance: str = "auto"
-    distinctiveness: bool = True
     similarity: str = "tokens"
     multi_scale: str = "off"
     proportional_attention: bool = True
+    num_prefix_tokens: int | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "keep_rate", _checked_keep_rate(self.keep_rate))
@@ -76,8 +101,14 @@ class MergeConfig:
             raise ConfigError("keep_rate is a mapping, which already names the blocks: leave stages out.")
         if isinstance(self.keep_rate, tuple) and self.stages and len(self.keep_rate) != len(self.stages):
             raise ConfigError(_wrong_number(self.keep_rate, self.stages))
+        if self.schedule is not None and not isinstance(self.keep_rate, float):
+            raise ConfigError(
+                f"schedule={self.schedule!r} says what one keep rate means, but there is one for each stage: leave "
+                "schedule out."
+            )
         for name, allowed in (
             ("method", METHODS),
+            ("schedule", SCHEDULES),
             ("importance", IMPORTANCE),
             ("similarity", SIMILARITY),
             ("multi_scale", MULTI_SCALE),
@@ -85,9 +116,13 @@ class MergeConfig:
             value = getattr(self, name)
             if value not in allowed:
                 raise ConfigError(f"{name}={value!r} is not known. Choose one of {', '.join(map(repr, allowed))}.")
-        for name in ("distinctiveness", "proportional_attention"):
-            if not isinstance(getattr(self, name), bool):
-                raise ConfigError(f"{name}={getattr(self, name)!r} is not a bool. Give True or False.")
+        if not isinstance(self.proportional_attention, bool):
+            raise ConfigError(
+                f"proportional_attention={self.proportional_attention!r} is not a bool. Give True or False."
+            )
+        extra = self.num_prefix_tokens
+        if extra is not None and (not isinstance(extra, Integral) or isinstance(extra, bool) or extra < 0):
+            raise ConfigError(f"num_prefix_tokens={extra!r} is not a number of tokens. Give an int of 0 or more.")
         if self.r is not None:
             self._check_r()
         if self.method != "merge":
@@ -105,7 +140,7 @@ class MergeConfig:
 
     def _fix_by_publication(self) -> None:
         for option in fields(self):
-            if option.name in ("importance", "distinctiveness", "similarity", "multi_scale"):
+            if option.name in ("importance", "similarity", "multi_scale", "schedule"):
                 value = getattr(self, option.name)
                 if value != option.default:
                     raise ConfigError(
@@ -129,9 +164,7 @@ class MergeConfig:
     def to_json(self) -> str:
         """Return the options that are not the defaults as JSON, for `from_json`."""
         options = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
-        if isinstance(self.keep_rate, Mapping):  # JSON's keys are strings
-            options |= {"keep_rate": list(self.keep_rate.values()), "stages": list(self.keep_rate)}
-        return json.dumps(options)
+        return json.dumps(options)  # the keys of a mapping become strings
 
     @classmethod
     def from_json(cls, text: str) -> "MergeConfig":
@@ -146,44 +179,32 @@ class MergeConfig:
             raise ConfigError(f'The options are not JSON such as {{"stages": [2, 5, 8]}}: {error}.') from error
         if not isinstance(options, dict):
             raise ConfigError('The options are not a JSON object such as {"stages": [2, 5, 8]}.')
-        return cls.of(options.pop("keep_rate", 0.7), **options)
+        rate = options.pop("keep_rate", 0.7)
+        if isinstance(rate, dict):
+            rate = {int(block) if block.isdecimal() else block: of_block for block, of_block in rate.items()}
+        return cls.of(rate, **options)
 
-    def schedule(
-        self, depth: int, default: Sequence[int] | None = None, sections: Sequence[range] | None = None
+    def amounts(
+        self,
+        depth: int,
+        default: Sequence[int] | None = None,
+        sections: Sequence[range] | None = None,
+        by_number: bool = True,
     ) -> dict[int, Amount]:
         """Return {block index: amount} for a model of `depth` blocks, without the stages that keep everything.
 
         Args:
             depth: number of blocks.
-            default: the stages if none were asked for; None for 1/4, 1/2 and 3/4 of the depth.
+            default: the stages of equal rates if none were asked for; None for 1/4, 1/2 and 3/4 of the depth.
             sections: runs of blocks through which tokens may stay fewer; None for one that is all of them.
+            by_number: the model's default schedule is one of equal numbers.
 
         Raises:
             ConfigError: a block index does not exist, or the number of keep rates is not that of the stages.
         """
         default = default_stages(depth) if default is None else default
         sections = [range(depth)] if sections is None else sections
-        amounts: dict[int, Amount]
-        if isinstance(self.keep_rate, Mapping):
-            amounts = dict(self.keep_rate)
-        elif self.r is not None:
-            every = [block for section in sections for block in section]
-            amounts = dict.fromkeys(every if self.stages is None else self.stages, self.r)
-        elif self.method in EVERY_BLOCK and self.stages is None and isinstance(self.keep_rate, float):
-            amounts = {}
-            for section in sections:
-                inside = [block - section.start for block in default if block in section]
-                weights = late_weights(len(section)) if self.method == "late_tome" else [1.0] * len(section)
-                rates = spread(dict.fromkeys(inside, self.keep_rate), weights)
-                amounts.update(zip(section, rates, strict=True))
-        else:
-            stages = default if self.stages is None else self.stages
-            if isinstance(self.keep_rate, tuple):
-                if len(self.keep_rate) != len(stages):
-                    raise ConfigError(_wrong_number(self.keep_rate, stages))
-                amounts = dict(zip(stages, self.keep_rate, strict=True))
-            else:
-                amounts = dict.fromkeys(stages, self.keep_rate)  # type: ignore[arg-type]
+        amounts = self._all_amounts(default, sections, by_number)
         for index in amounts:
             if index >= depth:
                 raise ConfigError(f"Block {index} does not exist: the model has {depth} blocks, 0 to {depth - 1}.")
@@ -192,10 +213,48 @@ class MergeConfig:
             index: amount for index, amount in sorted(amounts.items()) if amount != keeps_all[isinstance(amount, int)]
         }
 
+    def _all_amounts(self, default: Sequence[int], sections: Sequence[range], by_number: bool) -> Mapping[int, Amount]:
+        stages = self.stages
+        if isinstance(self.keep_rate, Mapping):
+            return self.keep_rate
+        if self.r is not None:
+            every = [block for section in sections for block in section]
+            return dict.fromkeys(every if stages is None else stages, self.r)
+        if isinstance(self.keep_rate, tuple):
+            stages = default if stages is None else stages
+            if len(self.keep_rate) != len(stages):
+                raise ConfigError(_wrong_number(self.keep_rate, stages))
+            return dict(zip(stages, self.keep_rate, strict=True))
+        assert isinstance(self.keep_rate, float)
+        every_block = self.method in EVERY_BLOCK and stages is None
+        numbers = self.schedule == "equal_numbers" or (self.schedule is None and stages is None and by_number)
+        if not every_block and (not numbers or self.method != "merge"):
+            return dict.fromkeys(default if stages is None else stages, self.keep_rate)
+        amounts: dict[int, Amount] = {}
+        for section in sections:
+            inside = {block - section.start: self.keep_rate for block in default if block in section}
+            if every_block:
+                weights = late_weights(len(section)) if self.method == "late_tome" else [1.0] * len(section)
+                rates = [max(0.5, rate) for rate in spread(inside, weights, least=0.5)]
+            else:
+                own = numbered_stages(len(section)) if stages is None else [block - section.start for block in stages]
+                rates = spread(inside, [float(block in own) for block in range(len(section))], least=1 - LARGEST_CUT)
+            amounts.update(zip(section, rates, strict=True))
+        outside = [block for block in stages or () if not any(block in section for section in sections)]
+        return amounts | dict.fromkeys(outside, self.keep_rate)  # to be refused by name
+
 
 def default_stages(depth: int) -> tuple[int, ...]:
     """Return the blocks at 1/4, 1/2 and 3/4 of the depth, as in the paper: 3, 6 and 9 of 12."""
     return tuple(sorted({depth * quarter // 4 for quarter in (1, 2, 3)}))
+
+
+def numbered_stages(depth: int) -> tuple[int, ...]:
+    """Return the stages of equal numbers: the blocks at 1, 3, 5, 7 and 9 twelfths of the depth, 1 to 9 of 12.
+
+    Not the last one, in which only the MLP would be left to gain, unless there is no other.
+    """
+    return tuple(sorted({depth * twelfth // 12 for twelfth in (1, 3, 5, 7, 9)} - {depth - 1})) or (0,)
 
 
 def late_weights(depth: int) -> list[float]:
@@ -203,33 +262,39 @@ def late_weights(depth: int) -> list[float]:
     return [((block + 1) / depth) ** 2 for block in range(depth)]
 
 
-def spread(schedule: Mapping[int, float], weights: Sequence[float]) -> list[float]:
+def spread(schedule: Mapping[int, float], weights: Sequence[float], least: float) -> list[float]:
     """Return one keep rate for each block that together leave as much work as a schedule of stages.
 
-    Every block then merges a number of tokens in proportion to its weight, but at most half of those that it has: with
-    equal weights always the same number, as in ToMe.
+    A block then merges a number of tokens in proportion to its weight, but keeps at least the share `least` of those
+    that it has; where that leaves too much work, blocks keep one share, a smaller one.
 
     Args:
         schedule: {block index: keep rate}.
-        weights: positive, one for each block.
+        weights: one for each block, not negative; 0 for a block that merges nothing.
+        least: in (0, 1).
     """
     target = _work([schedule.get(block, 1.0) for block in range(len(weights))])
-    # Work falls with the share of the tokens that weight 1 merges; the higher one makes every block merge half.
-    low, high = 0.0, 1 / min(weights)
+
+    def rates(strength: float) -> list[float]:
+        if strength <= 1:  # of what makes every block keep `least`
+            return _rates(strength / min(weight for weight in weights if weight), weights, least)
+        return _rates(math.inf, weights, least / strength)
+
+    low, high = 0.0, 100.0
     for _ in range(64):
         middle = (low + high) / 2
-        if _work(_rates(middle, weights)) > target:
+        if _work(rates(middle)) > target:
             low = middle
         else:
             high = middle
-    return _rates(low, weights)
+    return rates(low)
 
 
-def _rates(merged: float, weights: Sequence[float]) -> list[float]:
-    """Return keep rates of blocks that merge `merged` times their weights of the first block's tokens, or half."""
+def _rates(merged: float, weights: Sequence[float], least: float) -> list[float]:
+    """Return keep rates of blocks that merge `merged` times their weights of the first block's tokens."""
     rates, share = [], 1.0
     for weight in weights:
-        rates.append(max(0.5, 1 - merged * weight / share))
+        rates.append(max(least, 1 - merged * weight / share) if weight else 1.0)
         share *= rates[-1]
     return rates
 

@@ -7,21 +7,24 @@ its import hooks.
 """
 
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from types import FrameType
-from typing import Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from token_merge_plugin.adapters import Adapter, find_adapter, registered_adapters
-from token_merge_plugin.adapters.base import Patched, Place, patched_class
+from token_merge_plugin.adapters.base import Patched, Place, patched_class, unwrapped
 from token_merge_plugin.adapters.refused import REFUSED
-from token_merge_plugin.config import BY_CLASS_ATTENTION, KeepRate, MergeConfig
+from token_merge_plugin.config import BY_CLASS_ATTENTION, KeepRate, MergeConfig, MergeOptions
 from token_merge_plugin.errors import ConfigError, PatchStateError, UnsupportedModelError, first_line
 from token_merge_plugin.method.multiscale import MultiScaleFusion
 from token_merge_plugin.method.state import Plan
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -45,7 +48,7 @@ class Change(NamedTuple):
         return "_token_merge_parts" not in vars(self.cls)
 
 
-def apply(model: Model, keep_rate: KeepRate | MergeConfig = 0.7, **options: Any) -> Model:
+def apply(model: Model, keep_rate: KeepRate | MergeConfig = 0.7, **options: "Unpack[MergeOptions]") -> Model:
     """Patch a timm vision transformer, in place, so that it merges tokens on the way through.
 
     Args:
@@ -95,6 +98,73 @@ def remove(model: Model) -> Model:
         return model
 
 
+def is_patched(model: nn.Module) -> bool:
+    """Return whether `apply` has patched the model, or a model in it."""
+    return any(isinstance(module, Patched) for module in model.modules())
+
+
+def config_of(model: nn.Module) -> MergeConfig | None:
+    """Return the options by which the model, or the first model in it, is patched; None where it is not."""
+    plans = _plans(model)
+    return plans[0].config if plans else None
+
+
+@contextmanager
+def full_grid(model: nn.Module) -> Iterator[nn.Module]:
+    """Have every block of a patched model give the full patch grid back, as an unpatched one does.
+
+    For hooks on blocks, such as those of Grad-CAM, and loops over blocks that keep what each returns. Inside of the
+    blocks, tokens are as few as without; outputs are the same but for rounding. It is of the thread that enters it.
+
+        with token_merge_plugin.full_grid(model):
+            model(images)  # a hook on model.blocks[5] sees [B, P + N, C]
+
+    Raises:
+        PatchStateError: the model is in the middle of a forward pass.
+    """
+    if _running(set(model.modules())):
+        raise PatchStateError("The model is in the middle of a forward pass. Enter full_grid around it.")
+    with ExitStack() as stack:
+        for plan in _plans(model):
+            stack.enter_context(plan.whole_grid())
+        yield model
+
+
+def restore(model: nn.Module, tokens: Tensor) -> Tensor:
+    """Put what a hook sees inside of a block on the full patch grid: each patch gets what the token has that holds it.
+
+    To be called in the hook, while the forward pass of the model is under way.
+
+    Args:
+        model: patched, or not: then tokens are returned as they are.
+        tokens: [B, P + K, D], prefix and image tokens, such as the output of a norm or of an attention layer.
+
+    Returns:
+        [B, P + N, D].
+
+    Raises:
+        PatchStateError: the tokens are not as many as the pass under way has.
+    """
+    for plan in _plans(model):
+        state = plan.current()
+        if state is None or state.merged is None:
+            continue
+        expected = state.num_prefix_tokens + state.merged.size.shape[1]
+        if tokens.shape[1] != expected:
+            raise PatchStateError(
+                f"The pass under way has {expected} tokens, and there are {tokens.shape[1]}: in front of a stage there "
+                "are more than behind it. Restore what comes behind it, or take the block's output in full_grid(model)."
+            )
+        return plan.on_patches(state, tokens)
+    return tokens
+
+
+def _plans(model: nn.Module) -> list[Plan]:
+    """Return the plan of each patched model in `model`, itself included."""
+    plans = [module._token_merge.plan for module in model.modules() if isinstance(module, Patched)]
+    return list({id(plan): plan for plan in plans}.values())
+
+
 def supported_models() -> list[str]:
     """Return timm's names of the models that are served, sorted."""
     return sorted(name for names in models_by_adapter().values() for name in names)
@@ -113,10 +183,23 @@ def models_by_adapter() -> dict[Adapter, list[str]]:
     return served
 
 
-def stage_choices(model: nn.Module) -> tuple[list[range], tuple[int, ...]]:
-    """Return the runs of blocks through which tokens may stay fewer, and the default stages.
+class StageChoices(NamedTuple):
+    """Where a model can reduce tokens.
 
-    Blocks that give back the whole grid are runs of their own.
+    Attributes:
+        sections: runs of blocks through which tokens may stay fewer. Blocks that give back the grid are runs of their
+            own.
+        default: schedule of a keep rate by default, {block: rate}.
+        equal_rates: stages of the family's schedule by equal rates.
+    """
+
+    sections: list[range]
+    default: Callable[[float], dict[int, float]]
+    equal_rates: tuple[int, ...]
+
+
+def stage_choices(model: nn.Module) -> StageChoices:
+    """Return where a model can reduce tokens, and where it does so by default.
 
     Raises:
         UnsupportedModelError: there is no model that is served in `model`, or there are several.
@@ -125,10 +208,21 @@ def stage_choices(model: nn.Module) -> tuple[list[range], tuple[int, ...]]:
     if len(served) > 1:
         raise UnsupportedModelError(f"{type(model).__name__} has {len(served)} vision transformers. Give one of them.")
     part, adapter = served[0]
-    sections = adapter.sections(part)
+    sections, stages, depth = adapter.sections(part), adapter.default_stages(part), len(adapter.blocks(part))
+    by_number = _by_number(adapter, sections)
+
+    def default(keep_rate: float) -> dict[int, float]:
+        return dict(MergeConfig(keep_rate).amounts(depth, stages, sections, by_number))
+
     if adapter.model_mixin is None:
-        sections = [range(block, block + 1) for section in sections for block in section]
-    return sections, adapter.default_stages(part)
+        single = [range(block, block + 1) for section in sections for block in section]
+        return StageChoices(single, default, stages)
+    return StageChoices(sections, default, stages)
+
+
+def _by_number(adapter: Adapter, sections: list[range]) -> bool:
+    """Return whether tokens are reduced by number if nothing else is asked for: where they stay fewer to the end."""
+    return adapter.model_mixin is not None and len(sections) == 1
 
 
 @contextmanager
@@ -242,11 +336,19 @@ def _served(model: nn.Module) -> list[tuple[nn.Module, Adapter]]:
 def _changes(model: Any, adapter: Adapter, config: MergeConfig, learned: list[MultiScaleFusion]) -> list[Change]:
     """Plan what is to be done to a served model, without touching it."""
     with _looked_at(model, adapter):
-        blocks = adapter.blocks(model)
+        blocks = [unwrapped(block) for block in adapter.blocks(model)]
         mixins = [list(adapter.mixins(block)) for block in blocks]
         sections, default = adapter.sections(model), adapter.default_stages(model)
         class_tokens, grid_size = adapter.num_class_tokens(model), adapter.grid_size(model)
-        num_prefix_tokens, class_queries = adapter.num_prefix_tokens(model), adapter.class_queries(model, config)
+        num_prefix_tokens = adapter.num_prefix_tokens(model)
+    if config.num_prefix_tokens is not None:
+        if adapter.model_mixin is None or config.num_prefix_tokens < num_prefix_tokens:
+            raise ConfigError(
+                f"num_prefix_tokens={config.num_prefix_tokens} does not fit this {type(model).__name__}, which has "
+                f"{num_prefix_tokens} of its own. Give the number of all tokens in front of the patches."
+            )
+        # Which of them is the class token is not known.
+        num_prefix_tokens, class_tokens = config.num_prefix_tokens, 0
     if not blocks:
         raise UnsupportedModelError(f"{type(model).__name__} has no blocks, so there is nothing to patch.")
     if adapter.model_mixin is None:
@@ -256,7 +358,7 @@ def _changes(model: Any, adapter: Adapter, config: MergeConfig, learned: list[Mu
             f"multi_scale={config.multi_scale!r} needs to know which tokens are neighbours, and the order in which "
             f"{type(model).__name__} keeps them does not tell. Leave it at 'off'."
         )
-    schedule = config.schedule(len(blocks), default, sections)
+    schedule = config.amounts(len(blocks), default, sections, _by_number(adapter, sections))
     for block in schedule:
         if not any(block in section for section in sections):
             allowed = ", ".join(str(b) for section in sections for b in section)
@@ -284,7 +386,7 @@ def _changes(model: Any, adapter: Adapter, config: MergeConfig, learned: list[Mu
         schedule=schedule,
         sections=tuple(sections),
         num_prefix_tokens=num_prefix_tokens,
-        class_queries=class_queries,
+        num_class_tokens=class_tokens,
         grid_size=grid_size,
         checkpointing=getattr(model, "grad_checkpointing", False),
     )
@@ -335,14 +437,13 @@ def _check_learned(model: Any, adapter: Adapter, sections: list[range]) -> None:
 def _check_on_entry(model: nn.Module, config: MergeConfig) -> None:
     """Refuse options that need what attention saw, which is not there yet when tokens merge on entry to a block.
 
-    Without any importance, distinctiveness is all there is to choose by.
+    Without any importance, similarity is all there is to choose by.
     """
     fit: dict[str, tuple] = {
         "method": ("merge",),
         "importance": ("auto", "uniform"),
         "similarity": ("tokens",),
         "multi_scale": ("off",),
-        "distinctiveness": (True,),
     }
     for name, allowed in fit.items():
         if getattr(config, name) not in allowed:

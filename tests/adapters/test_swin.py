@@ -60,14 +60,14 @@ def test_merging_equal_tokens_changes_nothing(kind):
 
 @torch.no_grad()
 def test_each_token_keeps_a_value_of_its_own():
-    model = apply(make("Swin"), 0.3)
-    tokens = torch.randn(1, 28, 28, 32)
+    model = apply(make("Swin").double(), 0.3)
+    tokens = torch.randn(1, 28, 28, 32).double()
     block = model.layers[0].blocks[1]
     block.shift_size = (0, 0)
     block.attn_mask = None
     update = windows(block(tokens) - tokens, 7, 7)
     for window in update:  # 15 different updates for 49 tokens
-        assert len(window.round(decimals=4).unique(dim=0)) <= 15
+        assert len(window.round(decimals=9).unique(dim=0)) <= 15
     assert len(windows(block(tokens), 7, 7)[0].unique(dim=0)) == 49
 
 
@@ -85,7 +85,6 @@ def test_options_that_need_attention_are_refused():
         {"similarity": "keys"},
         {"importance": "class_attention"},
         {"multi_scale": "importance"},
-        {"distinctiveness": False},
     ):
         with pytest.raises(ConfigError, match="merge tokens on entry"):
             apply(make("Swin"), 0.5, **options)

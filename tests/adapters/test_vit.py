@@ -41,13 +41,12 @@ def test_intermediate_features_keep_their_shapes_and_the_last_one_is_the_output(
 
 
 @every_small_kind
-@pytest.mark.parametrize("option", ["importance", "similarity", "distinctiveness", "multi_scale"])
+@pytest.mark.parametrize("option", ["importance", "similarity", "multi_scale"])
 def test_merging_equal_tokens_changes_nothing(kind, option):
     """With patches of a few kinds and no position, tokens are equal in all layers: merging them loses nothing."""
     options = {
         "importance": {"importance": "uniform"},
         "similarity": {"similarity": "keys"},
-        "distinctiveness": {},
         "multi_scale": {"multi_scale": "off"},
     }[option]
     model = make(kind)
@@ -161,25 +160,12 @@ def test_patch_dropout_in_training_leaves_the_sequence_as_long_as_unpatched():
 
 
 def test_both_prefix_tokens_of_a_distilled_deit_count():
-    plan = apply(make("DeiT, distilled"), 0.5, importance="class_attention")._token_merge.plan
-    assert plan.num_prefix_tokens == plan.class_queries == 2
-
-
-@pytest.mark.parametrize(
-    ("kind", "class_tokens"),
-    [("ViT", 1), ("DeiT, distilled", 2), ("ViT, registers", 1), ("ViT, average", 1)],
-)
-def test_the_class_tokens_say_what_matters_only_where_that_is_asked_for(kind, class_tokens):
-    def queries(**options):
-        return apply(make(kind), 0.5, **options)._token_merge.plan.class_queries
-
-    assert queries() == 0
-    assert queries(importance="class_attention") == queries(method="evit") == queries(method="prune") == class_tokens
-    assert queries(importance="uniform") == queries(method="tome") == 0
+    plan = apply(make("DeiT, distilled"), 0.5)._token_merge.plan
+    assert plan.num_prefix_tokens == plan.num_class_tokens == 2
 
 
 def test_register_tokens_are_neither_scored_nor_merged():
-    model = apply(make("ViT, registers"), 0.5)
+    model = apply(make("ViT, registers"), 0.5, stages=(1, 2))
     seen = []
     model.blocks[DEPTH - 2].register_forward_hook(lambda module, args, output: seen.append(output.shape[1]))
     model(images("ViT, registers"))
@@ -194,8 +180,8 @@ def test_every_option_runs(kind, importance, similarity, multi_scale):
     model = make(kind)
     x = images(kind)
     shape = model(x).shape
-    for distinctiveness in (True, False):
-        options = {"similarity": similarity, "multi_scale": multi_scale, "distinctiveness": distinctiveness}
+    for schedule in ("equal_numbers", "equal_rates"):
+        options = {"similarity": similarity, "multi_scale": multi_scale, "schedule": schedule}
         out = apply(model, 0.5, importance=importance, **options)(x)
         assert out.shape == shape
         assert torch.isfinite(out).all()

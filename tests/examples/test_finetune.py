@@ -213,7 +213,7 @@ def test_each_keep_rate_of_several_falls_to_its_own_target(kind):
     assert finetune.warmed_up(config, 0.0).keep_rate == kind(0.999, 0.999, 1.0)
     assert finetune.warmed_up(config, 1.0) == config
     # A sharded model cannot be given other stages.
-    assert {len(finetune.warmed_up(config, t).schedule(12, (2, 5, 9))) for t in (0.0, 0.3, 0.999, 1.0)} == {2}
+    assert {len(finetune.warmed_up(config, t).amounts(12, (2, 5, 9))) for t in (0.0, 0.3, 0.999, 1.0)} == {2}
 
 
 @pytest.mark.parametrize("world_size", [2, 3])

@@ -247,7 +247,7 @@ def test_tokens_spread_over_the_blocks_leave_the_work_of_the_stages(depth, rate,
             total += share * 2 / 3
         return total
 
-    rates = spread(stages, weights)
+    rates = spread(stages, weights, least=0.5)
     assert min(rates) >= 0.5
     assert work(rates) == pytest.approx(work([stages.get(block, 1.0) for block in range(depth)]))
     shares = torch.tensor([1.0, *rates], dtype=torch.double).cumprod(0)
@@ -340,7 +340,8 @@ def test_the_methods_leave_the_same_compute_at_one_keep_rate():
     least = min(macs.values())
     # Attention is not linear in the tokens, and late numbers leave more of it.
     assert macs.pop("late_tome") < 1.05 * least
-    # Merging compares all tokens with each other, which counts in a model with so few channels.
+    # Merging compares all tokens with each other in five stages, which counts in a model with so few channels.
+    assert macs.pop("merge") < 1.06 * least
     assert max(macs.values()) < 1.04 * least
 
 
@@ -367,7 +368,7 @@ def test_the_baselines_move_the_output_further_than_merging_does_on_the_built_in
         ({"method": "tome", "r": 2.5}, "0 or more"),
         ({"method": "tome", "r": 8, "keep_rate": 0.5}, "same thing twice"),
         ({"method": "tome", "similarity": "values"}, "option of method 'merge'"),
-        ({"method": "prune", "distinctiveness": False}, "option of method 'merge'"),
+        ({"method": "prune", "importance": "uniform"}, "option of method 'merge'"),
     ],
 )
 def test_options_that_a_method_does_not_have_are_refused(options, message):

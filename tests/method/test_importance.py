@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from token_merge_plugin import apply
 from token_merge_plugin.method import reduction
-from token_merge_plugin.method.importance import evenly_spaced, query_row_attention
+from token_merge_plugin.method.importance import evenly_spaced, query_row_attention, relative_importance
 
 
 def test_query_row_attention_is_the_row_of_the_full_attention_matrix():
@@ -64,4 +64,29 @@ def test_importance_is_the_attention_that_tokens_receive_from_16_of_them(masked)
     before = reduction.Merged(torch.ones(2, 40), identity, identity)
     evidence = [reduction.Evidence(query, key, key, 0.5, bias)]
     stage = reduction.Stage(plan, reduction.Pass(40, 1), 2, torch.zeros(2, 40, 16), before, evidence)
-    torch.testing.assert_close(reduction._attention_received(stage), expected)
+    torch.testing.assert_close(reduction._attention_received(stage, class_tokens=False), expected)
+    counted = (attention * key.norm(dim=3)[:, :, None])[:, :, rows, 1:].mean(dim=(1, 2))
+    torch.testing.assert_close(reduction._attention_received(stage, class_tokens=False, values=True), counted)
+    by_class = attention[:, :, 0, 1:].mean(dim=1)
+    torch.testing.assert_close(reduction._attention_received(stage, class_tokens=True), by_class)
+    # The larger of two powers, of what is received relative to the mean of the image.
+    by_class = (attention * key.norm(dim=3)[:, :, None])[:, :, 0, 1:].mean(dim=1)
+    powers = [(x / x.mean(dim=1, keepdim=True)) ** power for x, power in ((by_class, 0.25), (counted, 0.5))]
+    torch.testing.assert_close(reduction._importance(stage), torch.maximum(powers[0], 0.7 * powers[1]))
+
+
+def test_relative_importance_is_that_of_a_patch():
+    attention, size = torch.tensor([[0.2, 0.6, 0.0]]), torch.tensor([[1.0, 3.0, 0.0]])
+    torch.testing.assert_close(relative_importance(attention, size, True), torch.tensor([[1.0, 1.0, 0.0]]))
+    torch.testing.assert_close(relative_importance(attention, size, False), torch.tensor([[0.4, 1.2, 0.0]]))
+    assert torch.equal(relative_importance(torch.zeros(1, 3), size, True)[:, :1], torch.ones(1, 1))
+
+
+@pytest.mark.parametrize("shared", [1, 2, 4])
+def test_heads_that_share_values_count_by_their_norms(shared):
+    query, key, value = random_qkv(heads=4)
+    value = value[:, : 4 // shared]
+    full = (query @ key.transpose(-2, -1)).softmax(-1)[:, :, 0]
+    norm = value.norm(dim=3).repeat_interleave(shared, dim=1)
+    row = query_row_attention(query[:, :, :1], key, 1.0, value=value)
+    torch.testing.assert_close(row.double(), (full * norm).mean(1), rtol=1e-5, atol=1e-6)

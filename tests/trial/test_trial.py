@@ -63,8 +63,8 @@ def test_the_built_in_model_is_small_and_good():
     assert model.patch_embed.grid_size == model.patch_embed.dynamic_feat_size((28, 28)) == (14, 14)
     images, labels = load_images()
     with torch.inference_mode():
-        top1 = (model(images).argmax(1) == labels).float().mean()
-    assert top1 > 0.88
+        outputs = torch.cat([model(part) for part in images.split(50)])  # memory for all at once is slow to come by
+    assert (outputs.argmax(1) == labels).float().mean() > 0.88
 
 
 def test_the_defaults_keep_the_accuracy_of_the_built_in_model(result):

@@ -20,7 +20,7 @@ from torch.fx.proxy import TraceError
 
 from token_merge_plugin.adapters.registry import find_adapter
 from token_merge_plugin.adapters.registry import register_adapter as register_adapter
-from token_merge_plugin.config import BY_CLASS_ATTENTION, MergeConfig, default_stages
+from token_merge_plugin.config import default_stages
 from token_merge_plugin.errors import PatchStateError, UnsupportedModelError
 from token_merge_plugin.method.attention import attention
 from token_merge_plugin.method.merging import join_windows, restore, take, windows
@@ -57,6 +57,20 @@ class Patched(nn.Module):
         # Of what torch prints. The class has the name of the original, by which other libraries look for it.
         return f"TokenMerge{super()._get_name()}"
 
+    def extra_repr(self) -> str:
+        """Say what is done here: in the model all of it, in a block that is a stage what it keeps."""
+        plan, block = self._token_merge
+        said = super().extra_repr()
+        if block == -1:
+            stages = ", ".join(map(str, plan.schedule))
+            mine = f"token merging: method={plan.config.method!r}, keep_rate={plan.config.keep_rate}, stages={stages}"
+        elif block in plan.schedule and isinstance(self, PatchedBlock | PatchedGridBlock):
+            amount = plan.schedule[block]
+            mine = f"token merging: keeps {amount:.1%}" if isinstance(amount, float) else f"token merging: {amount} go"
+        else:
+            return said
+        return f"{said}\n{mine}" if said else mine
+
     def __prepare_scriptable__(self) -> nn.Module:
         raise PatchStateError(
             f"A {type(self).__name__} with token merging cannot be scripted. Use torch.jit.trace, torch.export or "
@@ -78,9 +92,32 @@ def patched_class(mixin: type[Patched], original: type[nn.Module]) -> type[nn.Mo
 def _make_class(mixin: type[Patched], original: type[nn.Module]) -> type[nn.Module]:
     body: dict[str, Any] = {"_token_merge_parts": (mixin, original), "__doc__": original.__doc__}
     body |= {"__module__": original.__module__, "__qualname__": original.__qualname__}
-    if issubclass(mixin, PatchedModel) and hasattr(original, "set_input_size"):
-        body["set_input_size"] = _followed(original.set_input_size)
+    if issubclass(mixin, PatchedModel):
+        body["forward"] = _named_like(original.forward, mixin.forward)
+        if hasattr(original, "set_input_size"):
+            body["set_input_size"] = _followed(original.set_input_size)
+    if issubclass(mixin, PatchedGridBlock):
+        body["forward"] = _named_like(mixin.forward, mixin.forward)
     return type(original.__name__, (mixin, original), body)
+
+
+def _named_like(original: Callable, patched: Callable) -> Callable:
+    """Return the patched forward with the original's signature, by which exporters name the arguments.
+
+    That torch.fx cannot trace it is said in an error of this package.
+    """
+
+    @wraps(original)
+    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return patched(self, *args, **kwargs)
+        except TraceError as error:
+            raise PatchStateError(
+                f"torch.fx cannot trace a {type(self).__name__} with token merging, which depends on token counts. "
+                "Use torch.export or torch.jit.trace, or token_merge_plugin.remove the merging first."
+            ) from error
+
+    return method
 
 
 def _followed(method: Callable) -> Callable:
@@ -102,8 +139,30 @@ def _new_patched(mixin: type[Patched], original: type[nn.Module]) -> nn.Module:
     return cls.__new__(cls)
 
 
+def unwrapped(module: Any) -> Any:
+    """Return the module inside of torch's wrapper for activation checkpointing, or the module itself."""
+    return getattr(module, "_checkpoint_wrapped_module", module)
+
+
+def in_backward() -> bool:
+    """Return whether this thread computes gradients: what runs then is run again."""
+    return torch._C._current_graph_task_id() != -1
+
+
 class PatchedModel(Patched):
     """Mixin for a vision transformer: watches the calls of its methods, and takes checkpointing over."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        plan = self._token_merge.plan
+        outer = plan.open_edge(keep_grid=False, reads_grid=self.head_reads_grid())
+        try:
+            return super().forward(*args, **kwargs)
+        finally:
+            plan.close_edge(outer)
+
+    def head_reads_grid(self) -> bool:
+        """Return whether the model's head reads image tokens, and not the class token alone."""
+        return self._token_merge.plan.num_class_tokens == 0 or getattr(self, "global_pool", None) != "token"
 
     def forward_features(self, *args: Any, **kwargs: Any) -> Any:
         return self._call(super().forward_features, False, args, kwargs)  # type: ignore[misc]
@@ -111,26 +170,50 @@ class PatchedModel(Patched):
     def forward_intermediates(self, *args: Any, **kwargs: Any) -> Any:
         return self._call(super().forward_intermediates, True, args, kwargs)  # type: ignore[misc]
 
+    def _check_plan(self) -> None:
+        """Refuse a model that is not as it was planned for: cheap, and at the beginning of a pass.
+
+        Raises:
+            PatchStateError: something changed since `apply`.
+        """
+        plan = self._token_merge.plan
+        adapter: Any = find_adapter(self)
+
+        def refuse(change: str) -> None:
+            raise PatchStateError(f"This {type(self).__name__} was changed since apply: {change}. Apply again.")
+
+        for index, block in enumerate(map(unwrapped, adapter.blocks(self))):
+            if getattr(block, "_token_merge", None) != (plan, index):
+                refuse(f"block {index} is another one")
+            for layer in adapter.layers(block):
+                if getattr(layer, "_token_merge", None) != (plan, index):
+                    refuse(f"the attention of block {index} is another one")
+        grid_size, prefix = adapter.grid_size(self), adapter.num_prefix_tokens(self)
+        if grid_size is not None and tuple(grid_size) != tuple(plan.grid_size or ()):
+            refuse(f"the patch grid is {tuple(grid_size)}, and was {plan.grid_size}")
+        if plan.config.num_prefix_tokens is None and prefix != plan.num_prefix_tokens:
+            refuse(f"there are {prefix} prefix tokens, and were {plan.num_prefix_tokens}")
+
     def _call(self, method: Callable, keep_grid: bool, args: tuple, kwargs: dict) -> Any:
         plan = self._token_merge.plan
-        outer = plan.open_edge(keep_grid)
+        if not torch.compiler.is_compiling():
+            self._check_plan()
+        outer = plan.open_edge(keep_grid, reads_grid=True)
         try:
             result = method(*args, **kwargs)
             if plan.current() is not None and not keep_grid:
                 raise PatchStateError("The last block did not run: blocks were taken away since apply. Apply again.")
             return result
-        except TraceError as error:
-            raise PatchStateError(
-                f"torch.fx cannot trace a {type(self).__name__} with token merging, which depends on token counts. "
-                "Use torch.export or torch.jit.trace, or token_merge_plugin.remove the merging first."
-            ) from error
         finally:
             plan.close_edge(outer)
 
     def prune_intermediate_layers(self: Any, *args: Any, **kwargs: Any) -> Any:
         kept = super().prune_intermediate_layers(*args, **kwargs)  # type: ignore[misc]
         adapter: Any = find_adapter(self)
-        self._token_merge.plan.shorten(len(adapter.blocks(self)))  # `kept` may count runs of blocks
+        plan = self._token_merge.plan
+        plan.shorten(len(adapter.blocks(self)))  # `kept` may count runs of blocks
+        if plan.config.num_prefix_tokens is None:
+            plan.num_prefix_tokens = adapter.num_prefix_tokens(self)  # ConViT may have lost its class token
         return kept
 
     @property
@@ -172,16 +255,16 @@ class PatchedBlock(Patched):
             if plan.checkpointing and torch.is_grad_enabled():
                 return checkpoint(super().forward, x, *args, **kwargs)
             return super().forward(x, *args, **kwargs)
-        edge = plan.edge()
-        keep_grid = edge is not None and edge.keep_grid
+        keep_grid = plan.keeps_grid()
         prefix = self.num_prefix_tokens()
-        if block == span.start:
-            state = plan.begin(x.shape[1], prefix)
-        else:
-            current = plan.current()
-            if current is None:  # called on its own, outside a pass
-                return super().forward(x, *args, **kwargs)
-            state = current
+        if not torch.compiler.is_compiling() and plan.edge() is None and in_backward():
+            keep_grid = self._resume(x)
+        elif block == span.start:
+            self._check_tokens(plan.begin(x.shape[1], prefix))
+        state = plan.current()
+        if state is None:  # called on its own, outside a pass
+            return super().forward(x, *args, **kwargs)
+        if block != span.start:
             state.num_prefix_tokens = prefix
             expected = state.num_patches if keep_grid or state.merged is None else state.merged.size.shape[1]
             if x.shape[1] != prefix + expected:
@@ -190,18 +273,68 @@ class PatchedBlock(Patched):
                     "Token merging needs the blocks to follow one another, with no tokens added or taken away between "
                     "them."
                 )
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            x._token_merge_pass = (plan.key, state.arguments(), keep_grid)  # type: ignore[attr-defined]
         if keep_grid:
             x = state.take_tokens(x)
         if plan.checkpointing and torch.is_grad_enabled():
-            x, state.merged = checkpoint(self._recompute, x, state.arguments(), *args, **kwargs)
+            x, state.merged, state.offset = checkpoint(self._recompute, x, state.arguments(), *args, **kwargs)
         else:
             x = self._run(state, x, *args, **kwargs)
         last = block == span.stop - 1
         if keep_grid or last:
             x = plan.restore(state, x)
+        state.block = block
         if last:
             plan.install(None)
         return x
+
+    def _resume(self, x: Tensor) -> bool:
+        """Begin again where this block stood in its pass: somebody recomputes it in the backward pass.
+
+        Returns:
+            whether it gave the full grid back.
+
+        Raises:
+            PatchStateError: it is not known where the block stood.
+        """
+        plan, block = self._token_merge
+        carried = getattr(x, "_token_merge_pass", None)
+        if carried is not None and carried[0] == plan.key:
+            _, before, keep_grid = carried
+            plan.install(Pass(*before))
+            return keep_grid
+        if block == plan.spans[block].start:
+            plan.begin(x.shape[1], self.num_prefix_tokens())
+            return False
+        state = plan.current()
+        if state is None or state.block != block - 1:
+            raise PatchStateError(
+                f"Block {block} is recomputed in the backward pass from another tensor than it was given. Checkpoint "
+                "with use_reentrant=False, or by the model's set_grad_checkpointing()."
+            )
+        return False
+
+    def _check_tokens(self, state: Pass) -> None:
+        """Refuse a sequence that is not the patch grid behind the prefix tokens.
+
+        Raises:
+            PatchStateError: tokens were added or taken away.
+        """
+        plan = self._token_merge.plan
+        on_its_own = plan.edge() is None and len(plan.sections) > 1  # which section's grid it is is not known
+        if state.grid_size is None or on_its_own or torch.compiler.is_compiling() or torch.jit.is_tracing():
+            return
+        height, width = state.grid_size
+        # Patch dropout takes patches away in training.
+        if state.num_patches > height * width or (state.num_patches < height * width and not self.training):
+            prefix = state.num_prefix_tokens
+            raise PatchStateError(
+                f"Block {self._token_merge.block} was given {prefix + state.num_patches} tokens, where {prefix} prefix "
+                f"tokens and a grid of {height} x {width} patches were planned. Apply again if the model changed "
+                "since. Tokens that were put in front of the patches are declared by apply(..., "
+                "num_prefix_tokens=...), with the class token counted."
+            )
 
     def _run(self, state: Pass, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         plan, block = self._token_merge
@@ -212,13 +345,15 @@ class PatchedBlock(Patched):
             return self.stage_forward(x, lambda x: reduce_tokens(plan, state, x, block), *args, **kwargs)
         return self.later_forward(x, *args, **kwargs)
 
-    def _recompute(self, x: Tensor, before: tuple, *args: Any, **kwargs: Any) -> tuple[Tensor, Merged | None]:
+    def _recompute(
+        self, x: Tensor, before: tuple, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Merged | None, Tensor | None]:
         """Run the block from its arguments alone: in the backward pass, no other pass is under way."""
         plan = self._token_merge.plan
         state = Pass(*before)
         outer = plan.install(state)
         try:
-            return self._run(state, x, *args, **kwargs), state.merged
+            return self._run(state, x, *args, **kwargs), state.merged, state.offset
         finally:
             plan.install(outer)
 
@@ -493,11 +628,6 @@ class Adapter:
     def num_class_tokens(self, model: Any) -> int:
         """Return the number of class and distillation tokens, the first of the prefix tokens."""
         return 0
-
-    def class_queries(self, model: Any, config: MergeConfig) -> int:
-        """Return the number of class tokens whose attention is to say what matters."""
-        asked = config.method in BY_CLASS_ATTENTION or config.importance == "class_attention"
-        return self.num_class_tokens(model) if asked else 0
 
     def grid_size(self, model: Any) -> tuple[int, int] | None:
         """Return (height, width) of the patch grid, or None where it depends on the image."""

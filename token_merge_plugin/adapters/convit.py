@@ -48,7 +48,7 @@ class MergingGPSA(PatchedAttention):
         content = self.attention_by_content(query, key)
         position = state.positions(self.positional_attention(state.num_patches))  # [1 or B, H, K, N]
         weight = self.attn_drop((1 - gate) * content + gate * position)
-        by_patch = plan.restore(state, value).unflatten(2, (self.num_heads, -1)).transpose(1, 2)  # [B, H, N, D]
+        by_patch = plan.on_patches(state, value).unflatten(2, (self.num_heads, -1)).transpose(1, 2)  # [B, H, N, D]
         return self.proj_drop(self.proj((weight @ by_patch).transpose(1, 2).flatten(2)))
 
     def attention_by_content(self: Any, query: Tensor, key: Tensor) -> Tensor:

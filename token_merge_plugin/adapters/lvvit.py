@@ -46,6 +46,9 @@ class MergingLVViTBlock(PatchedBlock):
 class MergingLVViT(PatchedModel):
     """`LVViT`, and `LV_ViT` of the TokenLabeling package."""
 
+    def head_reads_grid(self) -> bool:
+        return True  # the second classifier does
+
     def forward_tokens(self, *args: Any, **kwargs: Any) -> Any:
         # In training, and in the original's forward, nothing else is around the blocks.
         return self._call(super().forward_tokens, False, args, kwargs)  # type: ignore[misc]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from token_merge_plugin.cli.options import add_command, shows_progress
-from token_merge_plugin.config import METHODS
+from token_merge_plugin.config import METHODS, MergeConfig
 from token_merge_plugin.errors import ConfigError
 from token_merge_plugin.patching import apply, models_by_adapter
 from token_merge_plugin.trial.counting import count_macs
@@ -118,7 +118,7 @@ def list_families(
 
 def _takes(model: nn.Module, method: str) -> bool:
     try:
-        apply(model, method=method)
+        apply(model, MergeConfig(method=method))
     except ConfigError:
         return False
     return True

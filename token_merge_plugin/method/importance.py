@@ -14,6 +14,7 @@ def query_row_attention(
     bias: Tensor | None = None,
     head_weight: Tensor | None = None,
     logits: Tensor | None = None,
+    value: Tensor | None = None,
 ) -> Tensor:
     """Return the attention that a few queries pay to every token, mean over queries and heads.
 
@@ -27,6 +28,8 @@ def query_row_attention(
         head_weight: [H], how much each head counts; differential attention subtracts every second one. None for 1.
         logits: [B, H, Q, T], of these queries where they are known already, as those that talking heads mix; None for
             the products of queries and keys.
+        value: [B, H', T, D'], with whose norms the attention is multiplied, where H' divides H: what a token adds to
+            the queries. None for the attention alone.
 
     Returns:
         [B, T] in float32, its magnitude where heads subtract each other.
@@ -38,6 +41,9 @@ def query_row_attention(
     attention = logits.softmax(dim=-1, dtype=torch.float32)
     if head_weight is not None:
         attention = attention * head_weight.float()[:, None, None]
+    if value is not None:
+        norm = torch.linalg.vector_norm(value.float(), dim=3)
+        attention = attention * norm.repeat_interleave(attention.shape[1] // norm.shape[1], dim=1)[:, :, None]
     return attention.mean(dim=(1, 2)).abs()
 
 
@@ -57,3 +63,19 @@ def evenly_spaced(tokens: int, count: int, real: Tensor | None, device: torch.de
     nth = middle * real.sum(dim=1, keepdim=True) // (2 * count)  # [B, count], among the real tokens
     before = real.cumsum(dim=1)[:, None, :] <= nth[:, :, None]  # [B, count, T]
     return before.sum(dim=2).clamp(max=tokens - 1)
+
+
+def relative_importance(attention: Tensor, size: Tensor, per_patch: bool) -> Tensor:
+    """Return the attention that a patch of each token receives, as a multiple of the mean over all patches: [B, T].
+
+    Args:
+        attention: [B, T], that tokens receive; not negative.
+        size: [B, T], number of patches that each token stands for, 0 for padding.
+        per_patch: a token received the attention of all of its patches, as by proportional attention.
+    """
+    # The constant makes all tokens alike where attention is zero, as a causal mask makes it.
+    attention = attention + 1e-12
+    if per_patch:
+        attention = attention / size.clamp(min=1)
+    mean = (attention * size).sum(dim=1, keepdim=True) / size.sum(dim=1, keepdim=True).clamp(min=1)
+    return attention / mean.clamp(min=1e-12)

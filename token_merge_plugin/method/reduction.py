@@ -6,9 +6,9 @@ from typing import NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from token_merge_plugin.config import Amount, tokens_kept
+from token_merge_plugin.config import DROPPING, Amount, tokens_kept
 from token_merge_plugin.errors import ConfigError
-from token_merge_plugin.method.importance import evenly_spaced, query_row_attention
+from token_merge_plugin.method.importance import evenly_spaced, query_row_attention, relative_importance
 from token_merge_plugin.method.merging import (
     Assignment,
     assign,
@@ -22,10 +22,12 @@ from token_merge_plugin.method.merging import (
     fuse_rest,
     keep_best,
     merge,
+    merge_cost,
     pseudo_random,
     restore,
     take,
     windows,
+    without_diagonal,
 )
 from token_merge_plugin.method.multiscale import MultiScaleFusion, fuse
 from token_merge_plugin.method.state import Evidence, Merged, Pass, Plan, record
@@ -34,6 +36,10 @@ from token_merge_plugin.method.state import Evidence, Merged, Pass, Plan, record
 HIDDEN = -1e4
 # So many image tokens are asked what they attend to. More of them are no better (examples/ablation.py).
 SAMPLED_QUERIES = 16
+# Importance is a power of the attention received, relative to the mean. In large pretrained ViTs attention piles up on
+# a few tokens that say little, so it counts for little.
+CLASS_POWER = 0.25
+IMAGE_POWER, IMAGE_FACTOR = 0.5, 0.7
 # PPT prunes the tokens of an image whose scores, with a sum of 1, have a larger variance. As far as is known this is
 # the paper's threshold for DeiT-S, which has 196 image tokens.
 PPT_THRESHOLD = 6e-5
@@ -92,6 +98,8 @@ def reduce_tokens(plan: Plan, state: Pass, x: Tensor, block: int) -> Tensor:
         before = state.merged or _unmerged(state, image_tokens, evidence)
     stage = Stage(plan, state, block, image_tokens, before, evidence)
     tokens, size, assignment = METHODS[plan.config.method](stage)
+    if state.keeps_offsets and plan.config.method not in DROPPING:
+        state.offset = _offset(state.offset, image_tokens, tokens, before.token_map, assignment)
     token_map = follow(before.token_map, assignment)
     state.merged = Merged(size, token_map, before.representative.gather(1, assignment.crucial))
     record(block, state)
@@ -109,12 +117,26 @@ def fuse_scales(state: Pass, x: Tensor, fusion: MultiScaleFusion) -> Tensor:
     return torch.cat((x[:, :prefix], fusion(x[:, prefix:], grid)), dim=1)
 
 
+def _offset(offset: Tensor | None, before: Tensor, after: Tensor, token_map: Tensor, assignment: Assignment) -> Tensor:
+    """Return what each patch has beyond the token that holds it, so that the restored grid is as it was: [B, N, C].
+
+    Args:
+        offset: [B, N, C] or None, before the stage.
+        before: [B, T, C], the tokens that were merged.
+        after: [B, K, C], what became of them.
+        token_map: [B, N], into `before`.
+        assignment: of the T tokens.
+    """
+    position = torch.arange(before.shape[1], device=before.device).expand(before.shape[0], -1)
+    lost = take(before - restore(after, follow(position, assignment)), token_map)
+    return lost if offset is None else offset + lost
+
+
 def _merge(stage: Stage) -> Reduced:
-    """Keep the important and distinct tokens, and merge each other one into the most similar of them."""
+    """Merge the tokens with which the least is lost, weighed by their importance."""
     with torch.no_grad():
-        similarity = cosine_similarity(_descriptors(stage))
-        distinct = stage.plan.config.distinctiveness
-        assignment = assign(similarity, _importance(stage), stage.amount, stage.real, distinct)
+        weight = stage.before.size * _importance(stage)
+        assignment = assign(merge_cost(_descriptors(stage), weight), stage.amount, stage.real)
     return *merge(stage.tokens, stage.before.size, assignment), assignment
 
 
@@ -130,7 +152,7 @@ def _tome(stage: Stage) -> Reduced:
 def _evit(stage: Stage) -> Reduced:
     """Keep the tokens that the class token attends to, and fuse the rest into one."""
     with torch.no_grad():
-        attention = _attention_received(stage)
+        attention = _attention_received(stage, class_tokens=True)
         assignment = keep_best(attention, stage.amount, stage.real, fuse=True)
     return *fuse_rest(stage.tokens, stage.before.size, assignment, attention), assignment
 
@@ -148,7 +170,7 @@ def _ppt(stage: Stage) -> Reduced:
     with torch.no_grad():
         pool = bipartite_rounds(_mean_keys(stage), stage.before.size, keep, prefix)
         values = torch.cat([seen.value[:, :, prefix:] for seen in stage.evidence], dim=1)
-        score = _attention_received(stage) * torch.linalg.vector_norm(values.float(), dim=(1, 3))
+        score = _attention_received(stage, class_tokens=True) * torch.linalg.vector_norm(values.float(), dim=(1, 3))
         score = score / score.sum(dim=1, keepdim=True)
         prune = keep_best(score, stage.amount)
         apart = score.var(dim=1, keepdim=True) > PPT_THRESHOLD
@@ -159,7 +181,7 @@ def _ppt(stage: Stage) -> Reduced:
 def _prune(stage: Stage) -> Reduced:
     """Keep the tokens that the class token attends to, and drop the rest."""
     with torch.no_grad():
-        assignment = keep_best(_attention_received(stage), stage.amount, stage.real)
+        assignment = keep_best(_attention_received(stage, class_tokens=True), stage.amount, stage.real)
     return *drop(stage.tokens, stage.before.size, assignment), assignment
 
 
@@ -185,7 +207,7 @@ METHODS: dict[str, Callable[[Stage], Reduced]] = {
 def merge_within(
     tokens: Tensor, grid_size: tuple[int, int], keep_rate: float, apart: Tensor | None = None
 ) -> tuple[Tensor, Merged]:
-    """Merge tokens on entry to a block, cell by cell, chosen by their distinctiveness alone.
+    """Merge tokens on entry to a block, cell by cell, chosen by their similarity alone.
 
     What attention is about to see is not known yet. Norms of the tokens, their distance from the mean of the window
     and stand-ins for attention were tried as importance, and were no better.
@@ -204,14 +226,13 @@ def merge_within(
     number, inside = index.shape
     tokens = windows(tokens.reshape(count, *grid_size, channels), *map(cell_side, grid_size))  # [W * n, t, C]
     with torch.no_grad():
-        similarity = cosine_similarity(tokens)
+        cost = 1 - cosine_similarity(tokens)
         if apart is not None:
             pairs = apart[:, index[:, :, None], index[:, None, :]].flatten(0, 1)  # [w * n, t, t]
-            images = similarity.shape[0] // pairs.shape[0]
-            by_image = similarity.reshape(images, pairs.shape[0], inside, inside)
-            similarity = by_image.masked_fill(pairs, -1).reshape(similarity.shape)
-        importance = similarity.new_ones(tokens.shape[0], inside)
-        assignment = assign(similarity, importance, keep_rate)
+            images = cost.shape[0] // pairs.shape[0]
+            by_image = cost.reshape(images, pairs.shape[0], inside, inside)
+            cost = by_image.masked_fill(pairs, 2).reshape(cost.shape)
+        assignment = assign(without_diagonal(cost), keep_rate)
     size = torch.ones(tokens.shape[0], inside, dtype=torch.float32, device=tokens.device)
     merged_tokens, size = merge(tokens, size, assignment)
     keep = size.shape[1]
@@ -247,24 +268,41 @@ def _unmerged(state: Pass, image_tokens: Tensor, evidence: list[Evidence]) -> Me
 
 
 def _importance(stage: Stage) -> Tensor:
-    """Return the importance of the image tokens [B, T], in float32."""
-    if stage.plan.config.importance == "uniform":
-        return torch.ones_like(stage.before.size)
-    score = _multi_scale("importance", stage, _attention_received(stage)[:, :, None])[:, :, 0]
-    # The root keeps the few tokens on which attention piles up from outweighing distinctiveness. The constant lets
-    # distinctiveness decide where attention is zero, as a causal mask makes it.
-    return (score + 1e-12).sqrt()
+    """Return the importance of the image tokens [B, T], relative to the mean of the image, in float32.
+
+    It is the larger of two powers: of the attention of the class token (1 where there is none), and of that of some
+    image tokens. That these attend to a token is a reason to keep it, but that they do not is none to merge it.
+    """
+    config, size = stage.plan.config, stage.before.size
+    if config.importance == "uniform":
+        return torch.ones_like(size)
+    if config.importance == "class_attention":
+        importance = _relative(stage, class_tokens=True) ** CLASS_POWER
+    else:
+        by_image = IMAGE_FACTOR * _relative(stage, class_tokens=False) ** IMAGE_POWER
+        by_class = _relative(stage, class_tokens=True) ** CLASS_POWER if stage.plan.num_class_tokens else 1.0
+        importance = torch.clamp(by_image, min=by_class)
+    return _multi_scale("importance", stage, importance[:, :, None])[:, :, 0]
 
 
-def _attention_received(stage: Stage) -> Tensor:
+def _relative(stage: Stage, class_tokens: bool) -> Tensor:
+    """Return the attention that a patch of each token receives, times the norm of its value, relative to the mean."""
+    attention = _attention_received(stage, class_tokens, values=True)
+    return relative_importance(attention, stage.before.size, stage.plan.config.proportional_attention)
+
+
+def _attention_received(stage: Stage, class_tokens: bool, values: bool = False) -> Tensor:
     """Return the attention that the image tokens receive [B, T], in float32.
 
-    It is that of the class tokens if the plan asks for theirs, and else that of some image tokens, evenly spaced.
+    Args:
+        stage: the stage.
+        class_tokens: from the class tokens; else from some image tokens, evenly spaced.
+        values: count it by the norms of the values.
     """
     plan, state = stage.plan, stage.state
     prefix, (batch, tokens, _) = state.num_prefix_tokens, stage.tokens.shape
-    if plan.class_queries:
-        rows = torch.arange(plan.class_queries, device=stage.tokens.device)[None]
+    if class_tokens:
+        rows = torch.arange(plan.num_class_tokens, device=stage.tokens.device)[None]
     else:
         rows = prefix + evenly_spaced(tokens, SAMPLED_QUERIES, stage.real, stage.tokens.device)
     rows = rows.expand(batch, -1)  # [B, Q]
@@ -277,7 +315,8 @@ def _attention_received(stage: Stage) -> Tensor:
         elif bias is not None and bias.shape[2] > 1:
             bias = take(bias.expand(batch, -1, -1, -1).transpose(1, 2), rows).transpose(1, 2)
         logits = None if seen.logits is None else take(seen.logits.transpose(1, 2), rows).transpose(1, 2)
-        scores.append(query_row_attention(queries, seen.key, seen.scale, bias, seen.head_weight, logits))
+        value = seen.value if values else None
+        scores.append(query_row_attention(queries, seen.key, seen.scale, bias, seen.head_weight, logits, value))
     return torch.stack(scores).mean(dim=0)[:, prefix:]
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from token_merge_plugin.config import DROPPING, Amount, MergeConfig
@@ -55,6 +56,9 @@ class Pass:
         num_prefix_tokens: tokens in front of the image tokens.
         grid_size: (height, width) of the patch grid, or None where it is not known.
         merged: where the image tokens stand, or None before the first merge.
+        offset: [B, N, C], what each patch has beyond the token that holds it, or None.
+        keeps_offsets: somebody reads the restored grid, so a merge notes what it takes from the patches.
+        block: the block that ran last.
         evidence: what the attention layers of a stage saw.
     """
 
@@ -64,16 +68,21 @@ class Pass:
         num_prefix_tokens: int,
         grid_size: tuple[int, int] | None = None,
         merged: Merged | None = None,
+        offset: Tensor | None = None,
+        keeps_offsets: bool = False,
     ):
         self.num_patches = num_patches
         self.num_prefix_tokens = num_prefix_tokens
         self.grid_size = grid_size
         self.merged = merged
+        self.offset = offset
+        self.keeps_offsets = keeps_offsets
+        self.block = -1
         self.evidence: list[Evidence] = []
 
-    def arguments(self) -> tuple[int, int, tuple[int, int] | None, Merged | None]:
+    def arguments(self) -> tuple[int, int, tuple[int, int] | None, Merged | None, Tensor | None, bool]:
         """Return what makes another pass that stands where this one does."""
-        return self.num_patches, self.num_prefix_tokens, self.grid_size, self.merged
+        return self.num_patches, self.num_prefix_tokens, self.grid_size, self.merged, self.offset, self.keeps_offsets
 
     def positions(self, embedding: Tensor | None) -> Tensor | None:
         """Return a position embedding of the patches as the image tokens have it now; see `patches`."""
@@ -90,14 +99,25 @@ class Pass:
 
     def take_tokens(self, x: Tensor) -> Tensor:
         """Undo `Plan.restore`: take one patch of each token, [B, P + N, C] -> [B, P + K, C]."""
-        return x if self.merged is None else take_representatives(x, self.num_prefix_tokens, self.merged)
+        if self.merged is None:
+            return x
+        if self.offset is not None:
+            x = x - F.pad(self.offset, (0, 0, self.num_prefix_tokens, 0))
+        return take_representatives(x, self.num_prefix_tokens, self.merged)
 
 
 class Edge:
-    """A call of one of the model's own methods that is under way, such as `forward_intermediates`."""
+    """A call of one of the model's own methods that is under way, such as `forward_intermediates`.
 
-    def __init__(self, keep_grid: bool):
+    Attributes:
+        keep_grid: every block gives the full grid back.
+        reads_grid: somebody reads the grid that is restored at the end, and not the class token alone.
+        grid_size: (height, width) of the patch grid, if the method told.
+    """
+
+    def __init__(self, keep_grid: bool, reads_grid: bool):
         self.keep_grid = keep_grid
+        self.reads_grid = reads_grid
         self.grid_size: tuple[int, int] | None = None
 
 
@@ -105,6 +125,7 @@ class _Local(threading.local):
     def __init__(self) -> None:
         self.passes: dict[int, Pass] = {}
         self.edges: dict[int, Edge] = {}
+        self.whole_grids: set[int] = set()
         self.trace: list[tuple[int, Pass]] | None = None
 
 
@@ -137,7 +158,7 @@ class Plan:
         schedule: {block index: amount}, never empty.
         sections: blocks between which tokens may be fewer; behind each section the full grid is restored.
         num_prefix_tokens: tokens in front of the image tokens.
-        class_queries: of these, the first ones, whose attention says what matters; 0 if that of image tokens does.
+        num_class_tokens: of these, the first ones, whose attention says what matters.
         grid_size: (height, width) of the patch grid, or None where it depends on the image.
         checkpointing: recompute each block in the backward pass.
     """
@@ -146,7 +167,7 @@ class Plan:
     schedule: dict[int, Amount]
     sections: tuple[range, ...]
     num_prefix_tokens: int
-    class_queries: int
+    num_class_tokens: int
     grid_size: tuple[int, int] | None
     checkpointing: bool = False
     key: int = field(default_factory=lambda: next(_keys))
@@ -168,19 +189,41 @@ class Plan:
         # A copy is another model: its passes must not be taken for the original's.
         self.__dict__.update(state, key=next(_keys))
 
-    def open_edge(self, keep_grid: bool) -> Edge | None:
-        """Note that a method of the model is under way; return what `close_edge` puts back."""
-        outer = _local.edges.get(self.key)
-        _local.edges[self.key] = Edge(keep_grid)
-        return outer
+    def open_edge(self, keep_grid: bool, reads_grid: bool) -> tuple[Edge | None, Pass | None]:
+        """Note that a method of the model is under way; return what `close_edge` puts back.
 
-    def close_edge(self, outer: Edge | None) -> None:
+        What a method returns that another one calls is read as that one reads it; but one that is called in the middle
+        of a pass, by a hook say, has nothing to do with that.
+        """
+        outer, under_way = _local.edges.get(self.key), self.install(None)
+        inside = outer is not None and under_way is None
+        _local.edges[self.key] = Edge(keep_grid, keep_grid or (outer.reads_grid if inside else reads_grid))  # type: ignore[union-attr]
+        return outer, under_way
+
+    def close_edge(self, before: tuple[Edge | None, Pass | None]) -> None:
         """Forget the method, and any pass that it left unfinished."""
-        _local.passes.pop(self.key, None)
+        outer, under_way = before
+        self.install(under_way)
         if outer is None:
             _local.edges.pop(self.key, None)
         else:
             _local.edges[self.key] = outer
+
+    def keeps_grid(self) -> bool:
+        """Return whether every block gives the full grid back."""
+        edge = self.edge()
+        return (edge is not None and edge.keep_grid) or self.key in _local.whole_grids
+
+    @contextmanager
+    def whole_grid(self) -> Iterator[None]:
+        """Have every block give the full grid back, in this thread."""
+        before = self.key in _local.whole_grids
+        _local.whole_grids.add(self.key)
+        try:
+            yield
+        finally:
+            if not before:
+                _local.whole_grids.discard(self.key)
 
     def edge(self) -> Edge | None:
         """Return the model's method that is under way in this thread."""
@@ -190,7 +233,9 @@ class Plan:
         """Make a new pass the current one."""
         edge = self.edge()
         grid_size = edge.grid_size if edge is not None and edge.grid_size is not None else self.grid_size
-        state = Pass(num_tokens - num_prefix_tokens, num_prefix_tokens, grid_size)
+        # Sections read the grid in between.
+        read = edge is None or edge.reads_grid or len(self.sections) > 1 or self.keeps_grid()
+        state = Pass(num_tokens - num_prefix_tokens, num_prefix_tokens, grid_size, keeps_offsets=read)
         self.install(state)
         return state
 
@@ -233,7 +278,16 @@ class Plan:
         return fold_mask(mask, state.num_prefix_tokens, state.merged, proportional), proportional
 
     def restore(self, state: Pass, x: Tensor) -> Tensor:
-        """Put the image tokens of x [B, P + K, C] back on the full grid: [B, P + N, C]."""
+        """Put the image tokens of x [B, P + K, C] back on the full grid, with what was each patch's own.
+
+        Returns:
+            [B, P + N, C].
+        """
+        x = self.on_patches(state, x)
+        return x if state.offset is None else x + F.pad(state.offset, (0, 0, state.num_prefix_tokens, 0))
+
+    def on_patches(self, state: Pass, x: Tensor) -> Tensor:
+        """Give each patch what the token has that holds it: [B, P + K, C] -> [B, P + N, C]."""
         if state.merged is None:
             return x
         prefix = state.num_prefix_tokens

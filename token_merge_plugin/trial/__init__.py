@@ -4,5 +4,6 @@ from token_merge_plugin.trial.calibration import calibrate
 from token_merge_plugin.trial.images import Tensors
 from token_merge_plugin.trial.judging import verdict
 from token_merge_plugin.trial.run import evaluate, run_trial
+from token_merge_plugin.trial.summaries import summary
 
-__all__ = ["Tensors", "calibrate", "evaluate", "run_trial", "verdict"]
+__all__ = ["Tensors", "calibrate", "evaluate", "run_trial", "summary", "verdict"]
