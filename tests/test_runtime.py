@@ -75,7 +75,7 @@ def test_a_copy_run_in_the_middle_of_a_pass_does_not_disturb_it():
 
 
 def test_hooks_on_blocks_and_attention_layers_run():
-    model = patched()
+    model = apply(make(), 0.6, schedule="equal_rates")
     seen = []
     for block in model.blocks:
         block.register_forward_hook(lambda module, args, output: seen.append(output.shape[1]))
