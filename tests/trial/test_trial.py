@@ -15,7 +15,7 @@ from families import make
 from hypothesis import given
 from hypothesis import strategies as st
 
-from token_merge_plugin import ConfigError, DataError, MergeConfig, UnsupportedModelError, apply, remove
+from token_merge_plugin import ConfigError, DataError, MergeConfig, UnsupportedModelError, apply, is_patched, remove
 from token_merge_plugin.builtin import CLASSES, FOLDER, create_reference_model, load_images, read_idx
 from token_merge_plugin.config import DROPPING, METHODS
 from token_merge_plugin.trial.accuracy import compare, paired_interval
@@ -375,7 +375,7 @@ def test_a_fusion_that_was_trained_is_measured_and_not_a_new_one():
 
 def test_contenders_are_timed_in_turns():
     model, order = make().eval(), []
-    model.register_forward_pre_hook(lambda module, args: order.append(type(module).__name__))
+    model.register_forward_pre_hook(lambda module, args: order.append(is_patched(module)))
     times = time_in_turns(model, [None, MergeConfig(0.5)], make_images(2), rounds=5, seconds=100)
     assert [len(t) for t in times] == [5, 5]
     assert all(t > 0 for part in times for t in part)
@@ -388,15 +388,15 @@ def test_compiled_copies_are_timed_and_the_model_is_left_alone(monkeypatch):
     compiled = []
 
     def eager(model, **options):
-        compiled.append(type(model.blocks[3]).__name__)
+        compiled.append(is_patched(model))
         return compile(model, backend="eager", **options)
 
     compile, model = torch.compile, make().eval()
     monkeypatch.setattr(torch, "compile", eager)
     times = time_in_turns(model, [None, MergeConfig(0.5)], make_images(2), rounds=1, seconds=0, compiled=True)
     assert [len(part) for part in times] == [1, 1]
-    assert compiled == ["Block", "TokenMergeBlock"]
-    assert type(model).__name__ == "VisionTransformer"
+    assert compiled == [False, True]
+    assert not is_patched(model)
 
     def broken(model, **options):
         raise RuntimeError("no compiler is there.")
@@ -424,7 +424,8 @@ def test_peak_memory_is_that_of_the_tensors_that_live_at_one_time():
             return z.sum() + x.relu().sum()  # 4, 400 and 4
 
     assert peak_memory(Chain(), torch.zeros(100)) == 1208
-    model, images = create_reference_model(), load_images()[0][:2]
+    # In wider models than the built-in one, comparing all tokens takes less than what they are compared for.
+    model, images = timm.create_model("vit_tiny_patch16_224").eval(), torch.randn(2, 3, 224, 224)
     full = peak_memory(model, images)
     assert peak_memory(apply(model, {0: 0.3}), images) < full
 
@@ -434,7 +435,7 @@ def test_a_trace_says_which_token_holds_each_patch(method):
     model, images = create_reference_model(), load_images()[0]
     stages = trace(apply(model, 0.7, method=method), images[5:6])
     # Late numbers begin with less than one token.
-    assert len(stages) == {"tome": 12, "late_tome": 11}.get(method, 3)
+    assert len(stages) == {"merge": 5, "tome": 12, "late_tome": 11}.get(method, 3)
     for stage in stages:
         tokens = len(stage.representative)
         assert stage.grid_size == (14, 14)
