@@ -267,7 +267,7 @@ def schedule_rows(model: nn.Module) -> list[Row]:
         return Row("schedule", f"equal numbers, {name}", MergeConfig(stages=stages, schedule="equal_numbers"))
 
     return [
-        Row("schedule", "equal rates, the paper's stages", MergeConfig(schedule="equal_rates")),
+        Row("schedule", "equal numbers, five stages", MergeConfig(schedule="equal_numbers")),
         numbered("the paper's stages", choices.equal_rates),
         numbered("every block", every),
         numbered("every block but the first and the last", every[1:-1]),

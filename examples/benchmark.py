@@ -24,7 +24,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="deit_small_patch16_224")
     parser.add_argument("--keep-rates", type=float, nargs="+", default=[0.9, 0.8, 0.7, 0.6, 0.5])
-    parser.add_argument("--schedules", nargs="+", default=["default"], choices=["default", *SCHEDULES[1:]])
+    parser.add_argument("--schedules", nargs="+", default=["equal_rates"], choices=SCHEDULES)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -38,11 +38,8 @@ def main() -> None:
     model = timm.create_model(args.model).eval().to(device, dtype)
     size = timm.data.resolve_data_config(model=model)["input_size"]
     images = torch.randn(args.batch_size, *size, device=device, dtype=dtype)
-    contenders = [("", 1.0), *((schedule, rate) for schedule in args.schedules for rate in args.keep_rates)]
-    configs = [
-        token_merge_plugin.MergeConfig(rate, schedule=schedule if schedule in SCHEDULES else None)
-        for schedule, rate in contenders
-    ]
+    contenders = [("equal_rates", 1.0), *((schedule, rate) for schedule in args.schedules for rate in args.keep_rates)]
+    configs = [token_merge_plugin.MergeConfig(rate, schedule=schedule) for schedule, rate in contenders]
     macs = [count_macs(token_merge_plugin.apply(model, config), images[:1]) for config in configs]
     seconds = time_in_turns(model, configs, images, rounds=args.rounds, seconds=math.inf)
 

@@ -209,20 +209,14 @@ def stage_choices(model: nn.Module) -> StageChoices:
         raise UnsupportedModelError(f"{type(model).__name__} has {len(served)} vision transformers. Give one of them.")
     part, adapter = served[0]
     sections, stages, depth = adapter.sections(part), adapter.default_stages(part), len(adapter.blocks(part))
-    by_number = _by_number(adapter, sections)
 
     def default(keep_rate: float) -> dict[int, float]:
-        return dict(MergeConfig(keep_rate).amounts(depth, stages, sections, by_number))
+        return dict(MergeConfig(keep_rate).amounts(depth, stages, sections))
 
     if adapter.model_mixin is None:
         single = [range(block, block + 1) for section in sections for block in section]
         return StageChoices(single, default, stages)
     return StageChoices(sections, default, stages)
-
-
-def _by_number(adapter: Adapter, sections: list[range]) -> bool:
-    """Return whether tokens are reduced by number if nothing else is asked for: where they stay fewer to the end."""
-    return adapter.model_mixin is not None and len(sections) == 1
 
 
 @contextmanager
@@ -358,7 +352,7 @@ def _changes(model: Any, adapter: Adapter, config: MergeConfig, learned: list[Mu
             f"multi_scale={config.multi_scale!r} needs to know which tokens are neighbours, and the order in which "
             f"{type(model).__name__} keeps them does not tell. Leave it at 'off'."
         )
-    schedule = config.amounts(len(blocks), default, sections, _by_number(adapter, sections))
+    schedule = config.amounts(len(blocks), default, sections)
     for block in schedule:
         if not any(block in section for section in sections):
             allowed = ", ".join(str(b) for section in sections for b in section)

@@ -68,12 +68,9 @@ def merge_cost(descriptors: Tensor, weight: Tensor) -> Tensor:
         centred = descriptors.float()
         centred = centred - centred.mean(dim=1, keepdim=True)  # smaller numbers lose less in their differences
         square = centred.square().sum(dim=2)
-        distance = torch.baddbmm(
-            square[:, :, None] + square[:, None, :], centred, centred.transpose(1, 2), alpha=-2
-        ).clamp(min=0)
+        distance = torch.baddbmm(square[:, :, None] + square[:, None, :], centred, centred.transpose(1, 2), alpha=-2)
     inverse = 1 / weight.float()
-    cost = distance / (inverse[:, :, None] + inverse[:, None, :])
-    return without_diagonal(cost)
+    return without_diagonal(distance.clamp(min=0) / (inverse[:, :, None] + inverse[:, None, :]))
 
 
 def without_diagonal(cost: Tensor) -> Tensor:
@@ -115,15 +112,16 @@ def assign(cost: Tensor, keep_rate: float, real: Tensor | None = None) -> Assign
     mine, candidates = price.topk(number, dim=1, largest=False)
     mine = mine.masked_fill(place >= CANDIDATES * goes, math.inf)
     rows, tie = take(cost, candidates), tie[candidates]
-    others = price[:, None, :] > mine[:, :, None]
+    hidden = price[:, None, :] <= mine[:, :, None]
     for _ in range(ROUNDS):
-        mine = (rows.masked_fill(~others, math.inf).amin(dim=2) + SMALLEST) * tie
+        mine = (rows.masked_fill(hidden, math.inf).amin(dim=2) + SMALLEST) * tie
         mine = mine.masked_fill(place >= CANDIDATES * goes, math.inf)
         going = _rank(-mine) < goes
         stays = torch.ones_like(price, dtype=torch.bool).scatter(1, candidates, ~going)
         price = torch.full_like(price, math.inf).scatter(1, candidates, mine)
         # A token that stays is compared with dearer ones that do, any other with all that stay.
-        others = stays[:, None, :] & (going[:, :, None] | (price[:, None, :] > mine[:, :, None]))
+        seen, least = price.masked_fill(~stays, -math.inf), mine.masked_fill(going, -math.inf)
+        hidden = seen[:, None, :] <= least[:, :, None]
     if real is not None and quota is not None:
         price = _with_padding(price.masked_fill(~real, -1), quota, real)
     stay, rest = split(price, keep)
