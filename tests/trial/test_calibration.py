@@ -241,7 +241,7 @@ def test_calibration_needs_images_and_one_supported_model():
     with pytest.raises(DataError, match="given none"):
         calibrate(model, torch.zeros(0, 3, 160, 160))
     for wrong in (torch.zeros(1, 3, 48, 48), torch.zeros(1, 1, 32, 32), torch.zeros(1, 3, 32, 32).double()):
-        with pytest.raises(DataError, match=r"does not take images \[\d, \d+, \d+\] of torch.float.*Prepare them"):
+        with pytest.raises(DataError, match=r"does not take images \[\d, \d+, \d+\] of torch.float.*prepare them"):
             calibrate(make(), wrong)
     with pytest.raises(DataError, match="uint8, not floats"):
         calibrate(model, torch.zeros(1, 3, 160, 160, dtype=torch.uint8))
