@@ -5,7 +5,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from numbers import Integral, Real
-from typing import Literal, TypeAlias, TypedDict
+from typing import Literal, TypeAlias, TypedDict, get_args
 
 from token_merge_plugin.errors import ConfigError
 
@@ -13,17 +13,22 @@ KeepRate: TypeAlias = float | Sequence[float] | Mapping[int, float]
 # What a stage does: the share of its tokens that stays (a float), or the number of tokens that go (an int).
 Amount: TypeAlias = float | int
 
-METHODS = ("merge", "tome", "late_tome", "evit", "ppt", "prune", "random")
-# Of these: reduce tokens a little in every block; choose by the class token's attention; may drop tokens for good;
-# may attend in proportion to the tokens' sizes.
+Method: TypeAlias = Literal["merge", "tome", "late_tome", "evit", "ppt", "prune", "random"]
+Schedule: TypeAlias = Literal["equal_rates", "equal_numbers"]
+Importance: TypeAlias = Literal["auto", "class_attention", "uniform"]
+Similarity: TypeAlias = Literal["tokens", "keys", "values"]
+MultiScale: TypeAlias = Literal["off", "importance", "descriptors", "learned"]
+METHODS: tuple[str, ...] = get_args(Method)
+SCHEDULES: tuple[str, ...] = get_args(Schedule)
+IMPORTANCE: tuple[str, ...] = get_args(Importance)
+SIMILARITY: tuple[str, ...] = get_args(Similarity)
+MULTI_SCALE: tuple[str, ...] = get_args(MultiScale)
+# Of the methods: reduce tokens a little in every block; choose by the class token's attention; may drop tokens for
+# good; may attend in proportion to the tokens' sizes.
 EVERY_BLOCK = ("tome", "late_tome")
 BY_CLASS_ATTENTION = ("evit", "ppt", "prune")
 DROPPING = ("ppt", "prune", "random")
 PROPORTIONAL = ("merge", "tome", "late_tome", "ppt")
-IMPORTANCE = ("auto", "class_attention", "uniform")
-SIMILARITY = ("tokens", "keys", "values")
-MULTI_SCALE = ("off", "importance", "descriptors", "learned")
-SCHEDULES = ("equal_rates", "equal_numbers")
 # Equal numbers: no stage merges a larger share of its tokens than this, as long as the stages suffice.
 LARGEST_CUT = 0.4
 
@@ -31,13 +36,13 @@ LARGEST_CUT = 0.4
 class MergeOptions(TypedDict, total=False):
     """The options of `apply` beside the keep rate, for type checkers and editors; `MergeConfig` documents them."""
 
-    method: Literal["merge", "tome", "late_tome", "evit", "ppt", "prune", "random"]
+    method: Method
     r: int | None
     stages: Sequence[int] | None
-    schedule: Literal["equal_rates", "equal_numbers"]
-    importance: Literal["auto", "class_attention", "uniform"]
-    similarity: Literal["tokens", "keys", "values"]
-    multi_scale: Literal["off", "importance", "descriptors", "learned"]
+    schedule: Schedule
+    importance: Importance
+    similarity: Similarity
+    multi_scale: MultiScale
     proportional_attention: bool
     num_prefix_tokens: int | None
 
@@ -47,9 +52,10 @@ class MergeConfig:
     """Options of `apply`; everything but `keep_rate` has a measured default.
 
     Attributes:
-        keep_rate: how many of the image tokens stay, in (0, 1]. One float is the share that each of three stages
-            would keep, at 1/4, 1/2 and 3/4 of the depth: as much work is left, whatever the schedule is. A sequence
-            has one share for each stage, and a mapping {block index: rate} also says where the stages are.
+        keep_rate: how many of the image tokens stay, in (0, 1]. One float is the share that each stage keeps. For equal
+            numbers, and for "tome" and "late_tome", which reduce tokens a little in every block, it asks for the work
+            that the default stages would leave with it. A sequence has one share for each stage, and a mapping {block
+            index: rate} also says where the stages are.
         method: "merge" is this package's own. The others are published baselines to compare it with, whose further
             options are fixed: "tome" (Bolya et al. 2023), "late_tome" (as "tome", with numbers of merged tokens that
             grow with the square of the depth: LaterIsBetter), "evit" (Liang et al. 2022), "ppt" (Wu et al. 2023:
@@ -274,9 +280,10 @@ def spread(schedule: Mapping[int, float], weights: Sequence[float], least: float
 
     def rates(strength: float) -> list[float]:
         if strength <= 1:  # of what makes every block keep `least`
-            return _rates(strength / min(weight for weight in weights if weight), weights, least)
-        return _rates(math.inf, weights, least / strength)
+            return rates_of_numbers(strength / smallest, weights, least)
+        return rates_of_numbers(math.inf, weights, least / strength)
 
+    smallest = min(weight for weight in weights if weight)
     low, high = 0.0, 100.0
     for _ in range(64):
         middle = (low + high) / 2
@@ -287,8 +294,11 @@ def spread(schedule: Mapping[int, float], weights: Sequence[float], least: float
     return rates(low)
 
 
-def _rates(merged: float, weights: Sequence[float], least: float) -> list[float]:
-    """Return keep rates of blocks that merge `merged` times their weights of the first block's tokens."""
+def rates_of_numbers(merged: float, weights: Sequence[float], least: float) -> list[float]:
+    """Return keep rates of blocks that merge `merged` times their weights of the first block's tokens.
+
+    A block keeps at least the share `least` of those that it has; one of weight 0 keeps all.
+    """
     rates, share = [], 1.0
     for weight in weights:
         rates.append(max(least, 1 - merged * weight / share) if weight else 1.0)

@@ -7,7 +7,7 @@ its import hooks.
 """
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
@@ -105,7 +105,7 @@ def is_patched(model: nn.Module) -> bool:
 
 def config_of(model: nn.Module) -> MergeConfig | None:
     """Return the options by which the model, or the first model in it, is patched; None where it is not."""
-    plans = _plans(model)
+    plans = plans_of(model)
     return plans[0].config if plans else None
 
 
@@ -125,7 +125,7 @@ def full_grid(model: nn.Module) -> Iterator[nn.Module]:
     if _running(set(model.modules())):
         raise PatchStateError("The model is in the middle of a forward pass. Enter full_grid around it.")
     with ExitStack() as stack:
-        for plan in _plans(model):
+        for plan in plans_of(model):
             stack.enter_context(plan.whole_grid())
         yield model
 
@@ -145,7 +145,7 @@ def restore(model: nn.Module, tokens: Tensor) -> Tensor:
     Raises:
         PatchStateError: the tokens are not as many as the pass under way has.
     """
-    for plan in _plans(model):
+    for plan in plans_of(model):
         state = plan.current()
         if state is None or state.merged is None:
             continue
@@ -159,7 +159,7 @@ def restore(model: nn.Module, tokens: Tensor) -> Tensor:
     return tokens
 
 
-def _plans(model: nn.Module) -> list[Plan]:
+def plans_of(model: nn.Module) -> list[Plan]:
     """Return the plan of each patched model in `model`, itself included."""
     plans = [module._token_merge.plan for module in model.modules() if isinstance(module, Patched)]
     return list({id(plan): plan for plan in plans}.values())
@@ -183,23 +183,10 @@ def models_by_adapter() -> dict[Adapter, list[str]]:
     return served
 
 
-class StageChoices(NamedTuple):
-    """Where a model can reduce tokens.
+def stage_choices(model: nn.Module) -> tuple[list[range], tuple[int, ...]]:
+    """Return the runs of blocks through which tokens may stay fewer, and the default stages.
 
-    Attributes:
-        sections: runs of blocks through which tokens may stay fewer. Blocks that give back the grid are runs of their
-            own.
-        default: schedule of a keep rate by default, {block: rate}.
-        equal_rates: stages of the family's schedule by equal rates.
-    """
-
-    sections: list[range]
-    default: Callable[[float], dict[int, float]]
-    equal_rates: tuple[int, ...]
-
-
-def stage_choices(model: nn.Module) -> StageChoices:
-    """Return where a model can reduce tokens, and where it does so by default.
+    Blocks that give back the whole grid are runs of their own.
 
     Raises:
         UnsupportedModelError: there is no model that is served in `model`, or there are several.
@@ -208,15 +195,10 @@ def stage_choices(model: nn.Module) -> StageChoices:
     if len(served) > 1:
         raise UnsupportedModelError(f"{type(model).__name__} has {len(served)} vision transformers. Give one of them.")
     part, adapter = served[0]
-    sections, stages, depth = adapter.sections(part), adapter.default_stages(part), len(adapter.blocks(part))
-
-    def default(keep_rate: float) -> dict[int, float]:
-        return dict(MergeConfig(keep_rate).amounts(depth, stages, sections))
-
+    sections = adapter.sections(part)
     if adapter.model_mixin is None:
-        single = [range(block, block + 1) for section in sections for block in section]
-        return StageChoices(single, default, stages)
-    return StageChoices(sections, default, stages)
+        sections = [range(block, block + 1) for section in sections for block in section]
+    return sections, adapter.default_stages(part)
 
 
 @contextmanager

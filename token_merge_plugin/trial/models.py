@@ -2,6 +2,7 @@
 
 import difflib
 import warnings
+import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -83,7 +84,9 @@ def _load_checkpoint(model: nn.Module, checkpoint: str | Path, use_ema: bool) ->
     load_checkpoint(model, str(checkpoint), use_ema=use_ema, filter_fn=without_fusion)
     config = None
     if Path(checkpoint).suffix not in (".safetensors", ".npz", ".npy"):
-        content = torch.load(checkpoint, map_location="cpu", weights_only=True)
+        # Mapped where that is possible: timm has read the weights already, and only the options are looked at.
+        mapped = zipfile.is_zipfile(checkpoint)
+        content = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=mapped)
         if isinstance(content, Mapping) and isinstance(content.get(CONFIG_KEY), str):
             config = MergeConfig.from_json(content[CONFIG_KEY])
     if fusion or config is not None:

@@ -12,6 +12,8 @@ from functools import partial
 from itertools import pairwise
 from typing import TypeAlias
 
+from token_merge_plugin.config import rates_of_numbers
+
 # Each block is tried alone at these, and a path goes through these and what lies between them.
 PROBES = (0.8, 0.6, 0.4)
 LEVELS = tuple(level / 40 for level in range(40, 7, -1))  # 1 down to 0.2
@@ -54,13 +56,10 @@ def numbers(sections: Sequence[range], step: int, power: float, strength: float)
     blocks = [block for section in sections for block in section]
     stages = blocks[step - 1 :: step] or blocks
     total = sum((block + 1) ** power for block in stages)
-    schedule = {}
+    schedule: dict[int, float] = {}
     for section in sections:
-        left = 1.0
-        for block in section:
-            if block in stages:
-                before, left = left, max(left / 2, left - strength * (block + 1) ** power / total)
-                schedule[block] = left / before
+        weights = [(block + 1) ** power / total if block in stages else 0.0 for block in section]
+        schedule.update(zip(section, rates_of_numbers(strength, weights, least=0.5), strict=True))
     return {block: rate for block, rate in schedule.items() if rate < 1}
 
 

@@ -8,11 +8,10 @@ from timm.data import resolve_model_data_config
 from torch import nn
 
 from token_merge_plugin.adapters import find_adapter
-from token_merge_plugin.adapters.base import Patched
 from token_merge_plugin.config import MergeConfig
 from token_merge_plugin.errors import PatchStateError
 from token_merge_plugin.method.state import recorded
-from token_merge_plugin.patching import config_of, remove
+from token_merge_plugin.patching import plans_of, remove
 from token_merge_plugin.trial.counting import count_macs
 from token_merge_plugin.trial.measuring import device_of, evaluating
 
@@ -64,11 +63,10 @@ def summary(model: nn.Module, image_size: tuple[int, int] | None = None) -> Summ
     Raises:
         PatchStateError: the model is not patched.
     """
-    config = config_of(model)
-    if config is None:
+    plans = plans_of(model)
+    if not plans:
         raise PatchStateError(f"This {type(model).__name__} is not patched. Apply token merging first.")
     adapter = next(found for found in map(find_adapter, model.modules()) if found is not None)
-    plan = next(module._token_merge.plan for module in model.modules() if isinstance(module, Patched))
     channels, *own_size = resolve_model_data_config(model)["input_size"]
     parameter = next(model.parameters())
     image = torch.zeros(1, channels, *(image_size or own_size), dtype=parameter.dtype, device=device_of(model))
@@ -77,8 +75,8 @@ def summary(model: nn.Module, image_size: tuple[int, int] | None = None) -> Summ
     found = Summary(
         model=type(model).__name__,
         family=adapter.family,
-        config=config,
-        stages=dict(plan.schedule),
+        config=plans[0].config,
+        stages=dict(plans[0].schedule),
         tokens={block: state.merged.size.shape[1] for block, state in trace if state.merged is not None},
         macs=count_macs(model, image),
         unpatched_macs=count_macs(remove(copy.deepcopy(model)), image),
