@@ -88,9 +88,10 @@ def powers(class_power: float, image_power: float, factor: float, larger: bool =
     """
 
     def relative(stage: Stage, class_tokens: bool) -> Tensor:
-        attention = reduction._attention_received(stage, class_tokens, values)
+        rows = reduction._class_rows(stage) if class_tokens else reduction._image_rows(stage)
+        attention = reduction._attention_received(stage, rows, values).mean(dim=1, keepdim=True)
         proportional = stage.plan.config.proportional_attention
-        return reduction.relative_importance(attention, stage.before.size, proportional)
+        return reduction.relative_importance(attention, stage.before.size, proportional)[:, 0]
 
     def importance(stage: Stage) -> Tensor:
         if not stage.plan.num_class_tokens:

@@ -53,7 +53,7 @@ def test_patched_and_removed(kind):
     assert torch.isfinite(merged).all()
     assert not torch.equal(merged, output)
     if "encoder" not in kind:  # timm's encoders of language models have no head
-        assert torch.equal(model.forward_head(merged_features), merged)
+        torch.testing.assert_close(model.forward_head(merged_features), merged)
     assert count_macs(model, x) < 0.9 * macs
 
     assert remove(model) is model

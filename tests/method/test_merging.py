@@ -181,19 +181,16 @@ def assigned_by_loops(cost, number):
     """Which of the tokens go, by `assign`'s description, in a list of sets, one for each round."""
     tokens = range(len(cost))
 
-    def cheapest(i, others):
-        return min((cost[i][j] for j in others if j != i), default=math.inf) * (1 + 1e-6 * i)
+    def by_price(sees):
+        price = {i: min((cost[i][j] for j in tokens if j != i and sees(i, j)), default=math.inf) for i in tokens}
+        return sorted(tokens, key=lambda i: price[i])
 
-    price = {i: cheapest(i, tokens) for i in tokens}
-    candidates = sorted(tokens, key=lambda i: price[i])[: 3 * number]
-    mine = {i: cheapest(i, [j for j in tokens if price[j] > price[i]]) for i in candidates}
+    order = by_price(lambda i, j: True)
     for round_ in range(3):
-        going = set(sorted(candidates, key=lambda i: mine[i])[:number])
-        if round_ == 2:
-            return going
-        stays = [j for j in tokens if j not in going]
-        dear = {j: mine.get(j, math.inf) for j in tokens}
-        mine = {i: cheapest(i, [j for j in stays if i in going or dear[j] > dear[i]]) for i in candidates}
+        going = order[:number] if round_ > 0 else []
+        place = {i: -1 if i in going else order.index(i) for i in tokens}
+        order = by_price(lambda i, j, place=place: place[j] > place[i])
+    return set(order[:number])
 
 
 @given(cases())

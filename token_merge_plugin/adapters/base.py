@@ -6,6 +6,7 @@ compiles, exports and deep-copies like any other. (A wrapt proxy around a block 
 `patching`.)
 """
 
+import itertools
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial, wraps
@@ -94,6 +95,8 @@ def _make_class(mixin: type[Patched], original: type[nn.Module]) -> type[nn.Modu
     body |= {"__module__": original.__module__, "__qualname__": original.__qualname__}
     if issubclass(mixin, PatchedModel):
         body["forward"] = _named_like(original.forward, mixin.forward)
+        methods = [getattr(original, name, None) for name in _READERS]
+        body["_token_merge_as_timm"] = all(m is None or m.__module__.startswith("timm.") for m in methods)
         if hasattr(original, "set_input_size"):
             body["set_input_size"] = _followed(original.set_input_size)
     if issubclass(mixin, PatchedGridBlock):
@@ -149,12 +152,27 @@ def in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
+def _has_hooks(module: Any) -> bool:
+    """Return whether a module, or torch for all modules, has hooks on calls or on their gradients."""
+    prefix = "_global" if module is torch.nn.modules.module else ""
+    return any(
+        getattr(module, f"{prefix}{name}")
+        for name in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    )
+
+
+# The methods of a model that read what the last block gives.
+_READERS = ("forward", "forward_features", "forward_head", "pool")
+
+
 class PatchedModel(Patched):
     """Mixin for a vision transformer: watches the calls of its methods, and takes checkpointing over."""
 
+    _token_merge_as_timm: ClassVar[bool]  # what reads the last block's tokens is timm's own
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         plan = self._token_merge.plan
-        outer = plan.open_edge(keep_grid=False, reads_grid=self.head_reads_grid())
+        outer = plan.open_edge(keep_grid=False, reads_grid=self.head_reads_grid() or self._is_watched())
         try:
             return super().forward(*args, **kwargs)
         finally:
@@ -162,7 +180,15 @@ class PatchedModel(Patched):
 
     def head_reads_grid(self) -> bool:
         """Return whether the model's head reads image tokens, and not the class token alone."""
-        return self._token_merge.plan.num_class_tokens == 0 or getattr(self, "global_pool", None) != "token"
+        as_timm = self._token_merge_as_timm and not any(name in vars(self) for name in _READERS)
+        by_class_token = self._token_merge.plan.num_class_tokens > 0 and getattr(self, "global_pool", None) == "token"
+        return not (as_timm and by_class_token)
+
+    def _is_watched(self) -> bool:
+        """Return whether hooks may look at image tokens behind the attention of the last block."""
+        adapter: Any = find_adapter(self)
+        modules = itertools.chain(self.children(), adapter.blocks(self)[-1].modules())
+        return _has_hooks(torch.nn.modules.module) or any(map(_has_hooks, modules))
 
     def forward_features(self, *args: Any, **kwargs: Any) -> Any:
         return self._call(super().forward_features, False, args, kwargs)  # type: ignore[misc]
@@ -277,14 +303,15 @@ class PatchedBlock(Patched):
             x._token_merge_pass = (plan.key, state.arguments(), keep_grid)  # type: ignore[attr-defined]
         if keep_grid:
             x = state.take_tokens(x)
+        unread = self._is_unread(state)
         if plan.checkpointing and torch.is_grad_enabled():
             x, state.merged, state.offset = checkpoint(self._recompute, x, state.arguments(), *args, **kwargs)
         else:
             x = self._run(state, x, *args, **kwargs)
-        last = block == span.stop - 1
-        if keep_grid or last:
-            x = plan.restore(state, x)
         state.block = block
+        last = block == span.stop - 1
+        if keep_grid or (last and not unread):
+            x = plan.restore(state, x)
         if last:
             plan.install(None)
         return x
@@ -336,11 +363,21 @@ class PatchedBlock(Patched):
                 "num_prefix_tokens=...), with the class token counted."
             )
 
+    def _is_unread(self, state: Pass) -> bool:
+        """Return whether nobody asks for image tokens behind this block's attention, so that they can be left out.
+
+        That is behind the last block, for a head that reads prefix tokens alone.
+        """
+        plan, block = self._token_merge
+        return not state.reads_grid and block == plan.spans[block].stop - 1
+
     def _run(self, state: Pass, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         plan, block = self._token_merge
         fusion = self._modules.get("token_merge_fusion")
         if isinstance(fusion, MultiScaleFusion):
             x = fuse_scales(state, x, fusion)
+        if self._is_unread(state):
+            return self.stage_forward(x, lambda x: x[:, : state.num_prefix_tokens], *args, **kwargs)
         if block in plan.schedule:
             return self.stage_forward(x, lambda x: reduce_tokens(plan, state, x, block), *args, **kwargs)
         return self.later_forward(x, *args, **kwargs)

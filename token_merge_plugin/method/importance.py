@@ -16,7 +16,7 @@ def query_row_attention(
     logits: Tensor | None = None,
     value: Tensor | None = None,
 ) -> Tensor:
-    """Return the attention that a few queries pay to every token, mean over queries and heads.
+    """Return the attention that each of a few queries pays to every token, mean over heads.
 
     With the class token as the query this is class attention (EViT, Liang et al. 2022, section 3.1).
 
@@ -32,19 +32,21 @@ def query_row_attention(
             the queries. None for the attention alone.
 
     Returns:
-        [B, T] in float32, its magnitude where heads subtract each other.
+        [B, Q, T] in float32, its magnitude where heads subtract each other.
     """
     if logits is None:
         logits = (query * scale) @ key.transpose(-2, -1)
     if bias is not None:
         logits = logits + bias
     attention = logits.softmax(dim=-1, dtype=torch.float32)
-    if head_weight is not None:
-        attention = attention * head_weight.float()[:, None, None]
     if value is not None:
         norm = torch.linalg.vector_norm(value.float(), dim=3)
-        attention = attention * norm.repeat_interleave(attention.shape[1] // norm.shape[1], dim=1)[:, :, None]
-    return attention.mean(dim=(1, 2)).abs()
+        if norm.shape[1] != attention.shape[1]:
+            norm = norm.repeat_interleave(attention.shape[1] // norm.shape[1], dim=1)
+        attention = attention * norm.unsqueeze(2)
+    if head_weight is None:
+        return attention.mean(dim=1)
+    return (attention * head_weight.float()[:, None, None]).mean(dim=1).abs()
 
 
 def evenly_spaced(tokens: int, count: int, real: Tensor | None, device: torch.device) -> Tensor:
@@ -66,16 +68,16 @@ def evenly_spaced(tokens: int, count: int, real: Tensor | None, device: torch.de
 
 
 def relative_importance(attention: Tensor, size: Tensor, per_patch: bool) -> Tensor:
-    """Return the attention that a patch of each token receives, as a multiple of the mean over all patches: [B, T].
+    """Return the attention that a patch of each token receives, as a multiple of the mean over all patches: [B, Q, T].
 
     Args:
-        attention: [B, T], that tokens receive; not negative.
+        attention: [B, Q, T], that tokens receive from each of some queries; not negative.
         size: [B, T], number of patches that each token stands for, 0 for padding.
         per_patch: a token received the attention of all of its patches, as by proportional attention.
     """
     # The constant makes all tokens alike where attention is zero, as a causal mask makes it.
-    attention = attention + 1e-12
+    attention, size = attention + 1e-12, size[:, None]
     if per_patch:
         attention = attention / size.clamp(min=1)
-    mean = (attention * size).sum(dim=1, keepdim=True) / size.sum(dim=1, keepdim=True).clamp(min=1)
+    mean = (attention * size).sum(dim=2, keepdim=True) / size.sum(dim=2, keepdim=True).clamp(min=1)
     return attention / mean.clamp(min=1e-12)

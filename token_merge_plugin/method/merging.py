@@ -18,12 +18,11 @@ from torch import Tensor
 
 from token_merge_plugin.config import tokens_kept
 
-# `assign` looks for the tokens that go among so many times as many, the cheapest, in so many rounds. More of either
-# change next to nothing, two rounds lose 1 to 9 % (relative error of a pretrained ViT-S: examples/results/dense.md).
-CANDIDATES = 3
+# So often `assign` looks for the tokens that go. Two rounds lose 1 to 9 % (relative error of a pretrained ViT-S:
+# examples/results/dense.md), and a fourth changes next to nothing.
 ROUNDS = 3
-# Added to costs, so that equal tokens, which cost nothing, have an order.
-SMALLEST = 1e-20
+# More than any merge costs, and yet many times of it are a float.
+UNSEEN = 1e30
 
 
 class Assignment(NamedTuple):
@@ -68,15 +67,18 @@ def merge_cost(descriptors: Tensor, weight: Tensor) -> Tensor:
         centred = descriptors.float()
         centred = centred - centred.mean(dim=1, keepdim=True)  # smaller numbers lose less in their differences
         square = centred.square().sum(dim=2)
-        distance = torch.baddbmm(square[:, :, None] + square[:, None, :], centred, centred.transpose(1, 2), alpha=-2)
+        # In place: matrices of all pairs are written as seldom as can be.
+        cost = square.unsqueeze(2) + square.unsqueeze(1)
+        cost.baddbmm_(centred, centred.transpose(1, 2), alpha=-2)
     inverse = 1 / weight.float()
-    return without_diagonal(distance.clamp(min=0) / (inverse[:, :, None] + inverse[:, None, :]))
+    cost.clamp_(min=0).div_(inverse.unsqueeze(2) + inverse.unsqueeze(1))
+    return without_diagonal(cost)
 
 
 def without_diagonal(cost: Tensor) -> Tensor:
-    """Return the cost [B, T, T] with an infinite diagonal: no token merges with itself."""
-    position = torch.arange(cost.shape[1], device=cost.device)
-    return cost.masked_fill(position[:, None] == position, math.inf)
+    """Make the diagonal of the cost [B, T, T] infinite, in place: no token merges with itself."""
+    cost.diagonal(dim1=1, dim2=2).fill_(math.inf)
+    return cost
 
 
 def assign(cost: Tensor, keep_rate: float, real: Tensor | None = None) -> Assignment:
@@ -88,44 +90,40 @@ def assign(cost: Tensor, keep_rate: float, real: Tensor | None = None) -> Assign
     That comes close to merging the cheapest pair again and again, in a few operations on matrices.
 
     Args:
-        cost: [B, T, T], of merging each pair, not negative; infinite for pairs that are not to be merged.
+        cost: [B, T, T], of merging each pair; infinite for pairs that are not to be merged.
         keep_rate: K = ceil(keep_rate * T) tokens stay.
         real: [B, T], false for padding; None where all tokens are real. An image then keeps that share of its own
             real tokens, however much padding there is, and padding fills the places that are left.
     """
     tokens = cost.shape[1]
-    keep = tokens_kept(tokens, keep_rate)
-    quota = None if real is None else _quota(real, keep_rate)
-    number = CANDIDATES * (tokens - keep)
-    number = torch.sym_min(tokens, number) if isinstance(number, torch.SymInt) else min(tokens, number)
-    # Two tokens that are nearest to each other cost the same: the first of them is taken to be cheaper.
-    tie = 1 + 1e-6 * torch.arange(tokens, dtype=torch.float32, device=cost.device)
-    goes: Tensor | int = tokens - keep
-    if real is not None and quota is not None:
-        cost = cost.masked_fill(real[:, :, None] != real[:, None, :], math.inf)
-        goes = real.sum(dim=1, keepdim=True) - quota
-    price = (cost.amin(dim=2) + SMALLEST) * tie
+    goes: Tensor | int = tokens - tokens_kept(tokens, keep_rate)
+    number = goes
     if real is not None:
-        price = price.masked_fill(~real, math.inf)
-    # Only the cheapest tokens can be dispensable: of an image with padding fewer than places.
-    mine, candidates = price.topk(number, dim=1, largest=False)
-    too_dear = torch.arange(number, device=cost.device) >= CANDIDATES * goes
-    mine = mine.masked_fill(too_dear, math.inf)
-    rows, tie = take(cost, candidates), tie[candidates]
-    seen, least = price, mine
-    for _ in range(ROUNDS):
-        hidden = seen[:, None, :] <= least[:, :, None]
-        mine = (rows.masked_fill(hidden, math.inf).amin(dim=2) + SMALLEST) * tie
-        mine = mine.masked_fill(too_dear, math.inf)
-        going = _rank(-mine) < goes
-        stays = torch.ones_like(price, dtype=torch.bool).scatter(1, candidates, ~going)
-        price = torch.full_like(price, math.inf).scatter(1, candidates, mine)
-        # A token that stays is compared with dearer ones that do, any other with all that stay.
-        seen, least = price.masked_fill(~stays, -math.inf), mine.masked_fill(going, -math.inf)
-    if real is not None and quota is not None:
-        price = _with_padding(price.masked_fill(~real, -1), quota, real)
-    stay, rest = split(price, keep)
+        cost = cost.masked_fill(real[:, :, None] != real[:, None, :], math.inf)
+        goes = real.sum(dim=1, keepdim=True) - _quota(real, keep_rate)
+    order = _order(cost, real)
+    for round_ in range(ROUNDS):
+        # Two tokens that are nearest to each other cost the same: the first of them is taken to be cheaper.
+        place = order.argsort(dim=1)
+        if round_ > 0:  # a token that stays is compared with dearer ones that do, any other with all that stay
+            place = place.masked_fill(place < goes, -1)
+        # By arithmetic, for matrices of bools take several times as long.
+        dear = place.float() * UNSEEN
+        order = _order(torch.maximum(cost, (dear + UNSEEN / 2).unsqueeze(2) - dear.unsqueeze(1)), real)
+    if real is not None:
+        place = order.argsort(dim=1)
+        # First go real tokens as said, then padding, then the other real tokens.
+        order = torch.where(real, (place >= goes) * 2 * tokens + place, tokens).argsort(dim=1, stable=True)
+    rest, stay = order[:, :number], order[:, number:].sort(dim=1).values
     return Assignment(stay, rest, match(cost, stay, rest))
+
+
+def _order(cost: Tensor, real: Tensor | None) -> Tensor:
+    """Return the indices of the tokens by what their cheapest merges cost, padding last: [B, T, T] -> [B, T]."""
+    cheapest = cost.amin(dim=2)
+    if real is not None:
+        cheapest = cheapest.masked_fill(~real, math.inf)
+    return cheapest.argsort(dim=1, stable=True)
 
 
 def bipartite(descriptors: Tensor, keep: int, num_prefix_tokens: int) -> Assignment:
@@ -196,7 +194,7 @@ def keep_best(score: Tensor, keep_rate: float, real: Tensor | None = None, fuse:
 def _quota(real: Tensor, keep_rate: float) -> Tensor:
     """Return how many tokens an image would keep alone, without its padding: [B, 1]."""
     # In double precision and with the subtrahend of `tokens_kept`.
-    return (real.sum(dim=1, keepdim=True).double() * keep_rate - 1e-9).ceil().clamp(min=1)
+    return (real.sum(dim=1, keepdim=True).double() * keep_rate - 1e-9).ceil().clamp(min=1).long()
 
 
 def _with_padding(score: Tensor, quota: Tensor, real: Tensor) -> Tensor:
@@ -301,15 +299,17 @@ def merge(tokens: Tensor, size: Tensor, assignment: Assignment) -> tuple[Tensor,
         tokens [B, K, C] and sizes [B, K], whose sum is that of the sizes given.
     """
     crucial, rest, target = assignment
-    position = torch.arange(crucial.shape[1], device=target.device)
-    taken = (target[:, None, :] == position[None, :, None]) * size.gather(1, rest)[:, None, :]  # [B, K, M]
+    batch, keep = crucial.shape
+    # Of a token that is dropped, whose target is K, nothing is taken.
+    taken = size.new_zeros(batch, keep + 1, rest.shape[1])
+    taken = taken.scatter(1, target.unsqueeze(1), size.gather(1, rest).unsqueeze(1))[:, :keep]  # [B, K, M]
     own = size.gather(1, crucial)
     merged_size = own + taken.sum(dim=2)
     # Only padding has size 0; dividing by 1 then leaves its (unused) token at zero instead of NaN.
     total = merged_size.clamp(min=1)
-    share = (taken / total[:, :, None]).to(tokens.dtype)
-    stay = take(tokens, crucial) * (own / total)[:, :, None].to(tokens.dtype)
-    return stay + share @ take(tokens, rest), merged_size
+    share = (taken / total.unsqueeze(2)).to(tokens.dtype)
+    stay = take(tokens, crucial) * (own / total).unsqueeze(2).to(tokens.dtype)
+    return torch.baddbmm(stay, share, take(tokens, rest)), merged_size
 
 
 def drop(tokens: Tensor, size: Tensor, assignment: Assignment) -> tuple[Tensor, Tensor]:

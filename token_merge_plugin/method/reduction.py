@@ -98,7 +98,7 @@ def reduce_tokens(plan: Plan, state: Pass, x: Tensor, block: int) -> Tensor:
         before = state.merged or _unmerged(state, image_tokens, evidence)
     stage = Stage(plan, state, block, image_tokens, before, evidence)
     tokens, size, assignment = METHODS[plan.config.method](stage)
-    if state.keeps_offsets and plan.config.method not in DROPPING:
+    if state.reads_grid and plan.config.method not in DROPPING:
         state.offset = _offset(state.offset, image_tokens, tokens, before.token_map, assignment)
     token_map = follow(before.token_map, assignment)
     state.merged = Merged(size, token_map, before.representative.gather(1, assignment.crucial))
@@ -152,7 +152,7 @@ def _tome(stage: Stage) -> Reduced:
 def _evit(stage: Stage) -> Reduced:
     """Keep the tokens that the class token attends to, and fuse the rest into one."""
     with torch.no_grad():
-        attention = _attention_received(stage, class_tokens=True)
+        attention = _class_attention(stage)
         assignment = keep_best(attention, stage.amount, stage.real, fuse=True)
     return *fuse_rest(stage.tokens, stage.before.size, assignment, attention), assignment
 
@@ -170,7 +170,7 @@ def _ppt(stage: Stage) -> Reduced:
     with torch.no_grad():
         pool = bipartite_rounds(_mean_keys(stage), stage.before.size, keep, prefix)
         values = torch.cat([seen.value[:, :, prefix:] for seen in stage.evidence], dim=1)
-        score = _attention_received(stage, class_tokens=True) * torch.linalg.vector_norm(values.float(), dim=(1, 3))
+        score = _class_attention(stage) * torch.linalg.vector_norm(values.float(), dim=(1, 3))
         score = score / score.sum(dim=1, keepdim=True)
         prune = keep_best(score, stage.amount)
         apart = score.var(dim=1, keepdim=True) > PPT_THRESHOLD
@@ -181,7 +181,7 @@ def _ppt(stage: Stage) -> Reduced:
 def _prune(stage: Stage) -> Reduced:
     """Keep the tokens that the class token attends to, and drop the rest."""
     with torch.no_grad():
-        assignment = keep_best(_attention_received(stage, class_tokens=True), stage.amount, stage.real)
+        assignment = keep_best(_class_attention(stage), stage.amount, stage.real)
     return *drop(stage.tokens, stage.before.size, assignment), assignment
 
 
@@ -273,39 +273,49 @@ def _importance(stage: Stage) -> Tensor:
     It is the larger of two powers: of the attention of the class token (1 where there is none), and of that of some
     image tokens. That these attend to a token is a reason to keep it, but that they do not is none to merge it.
     """
-    config, size = stage.plan.config, stage.before.size
-    if config.importance == "uniform":
+    plan, size = stage.plan, stage.before.size
+    kind, classes = plan.config.importance, plan.num_class_tokens
+    if kind == "uniform":
         return torch.ones_like(size)
-    if config.importance == "class_attention":
-        importance = _relative(stage, class_tokens=True) ** CLASS_POWER
-    else:
-        by_image = IMAGE_FACTOR * _relative(stage, class_tokens=False) ** IMAGE_POWER
-        by_class = _relative(stage, class_tokens=True) ** CLASS_POWER if stage.plan.num_class_tokens else 1.0
-        importance = torch.clamp(by_image, min=by_class)
+    rows = _class_rows(stage)
+    if kind == "auto":
+        rows = torch.cat((rows.expand(size.shape[0], -1), _image_rows(stage).expand(size.shape[0], -1)), dim=1)
+    received = _attention_received(stage, rows, values=True)
+    groups = [group.mean(dim=1) for group in (received[:, :classes], received[:, classes:]) if group.shape[1]]
+    relative = relative_importance(torch.stack(groups, dim=1), size, plan.config.proportional_attention)
+    importance = relative[:, 0] ** CLASS_POWER if classes else torch.ones_like(size)
+    if kind == "auto":
+        importance = torch.maximum(importance, IMAGE_FACTOR * relative[:, -1] ** IMAGE_POWER)
     return _multi_scale("importance", stage, importance[:, :, None])[:, :, 0]
 
 
-def _relative(stage: Stage, class_tokens: bool) -> Tensor:
-    """Return the attention that a patch of each token receives, times the norm of its value, relative to the mean."""
-    attention = _attention_received(stage, class_tokens, values=True)
-    return relative_importance(attention, stage.before.size, stage.plan.config.proportional_attention)
+def _class_attention(stage: Stage) -> Tensor:
+    """Return the attention that the image tokens receive from the class tokens: [B, T], in float32."""
+    return _attention_received(stage, _class_rows(stage)).mean(dim=1)
 
 
-def _attention_received(stage: Stage, class_tokens: bool, values: bool = False) -> Tensor:
-    """Return the attention that the image tokens receive [B, T], in float32.
+def _class_rows(stage: Stage) -> Tensor:
+    """Return the positions of the class tokens: [1, Q]."""
+    return torch.arange(stage.plan.num_class_tokens, device=stage.tokens.device)[None]
+
+
+def _image_rows(stage: Stage) -> Tensor:
+    """Return the positions of some image tokens, evenly spaced: [1 or B, Q]."""
+    tokens = stage.tokens
+    return stage.state.num_prefix_tokens + evenly_spaced(tokens.shape[1], SAMPLED_QUERIES, stage.real, tokens.device)
+
+
+def _attention_received(stage: Stage, rows: Tensor, values: bool = False) -> Tensor:
+    """Return the attention that the image tokens receive [B, Q, T], in float32.
 
     Args:
         stage: the stage.
-        class_tokens: from the class tokens; else from some image tokens, evenly spaced.
+        rows: [1 or B, Q], positions of the tokens from which.
         values: count it by the norms of the values.
     """
     plan, state = stage.plan, stage.state
-    prefix, (batch, tokens, _) = state.num_prefix_tokens, stage.tokens.shape
-    if class_tokens:
-        rows = torch.arange(plan.num_class_tokens, device=stage.tokens.device)[None]
-    else:
-        rows = prefix + evenly_spaced(tokens, SAMPLED_QUERIES, stage.real, stage.tokens.device)
-    rows = rows.expand(batch, -1)  # [B, Q]
+    prefix, batch = state.num_prefix_tokens, stage.tokens.shape[0]
+    rows = rows.expand(batch, -1)
     log_size = plan.log_size(state)
     scores = []
     for seen in stage.evidence:
@@ -317,7 +327,7 @@ def _attention_received(stage: Stage, class_tokens: bool, values: bool = False) 
         logits = None if seen.logits is None else take(seen.logits.transpose(1, 2), rows).transpose(1, 2)
         value = seen.value if values else None
         scores.append(query_row_attention(queries, seen.key, seen.scale, bias, seen.head_weight, logits, value))
-    return torch.stack(scores).mean(dim=0)[:, prefix:]
+    return torch.stack(scores).mean(dim=0)[:, :, prefix:]
 
 
 def _mean_keys(stage: Stage) -> Tensor:

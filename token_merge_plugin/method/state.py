@@ -57,7 +57,7 @@ class Pass:
         grid_size: (height, width) of the patch grid, or None where it is not known.
         merged: where the image tokens stand, or None before the first merge.
         offset: [B, N, C], what each patch has beyond the token that holds it, or None.
-        keeps_offsets: somebody reads the restored grid, so a merge notes what it takes from the patches.
+        reads_grid: somebody reads the grid behind the last block, so a merge notes what it takes from the patches.
         block: the block that ran last.
         evidence: what the attention layers of a stage saw.
     """
@@ -69,20 +69,37 @@ class Pass:
         grid_size: tuple[int, int] | None = None,
         merged: Merged | None = None,
         offset: Tensor | None = None,
-        keeps_offsets: bool = False,
+        reads_grid: bool = False,
     ):
         self.num_patches = num_patches
         self.num_prefix_tokens = num_prefix_tokens
         self.grid_size = grid_size
-        self.merged = merged
+        self._merged = merged
+        self._log_size: Tensor | None = None
         self.offset = offset
-        self.keeps_offsets = keeps_offsets
+        self.reads_grid = reads_grid
         self.block = -1
         self.evidence: list[Evidence] = []
 
+    @property
+    def merged(self) -> Merged | None:
+        return self._merged
+
+    @merged.setter
+    def merged(self, merged: Merged | None) -> None:
+        self._merged, self._log_size = merged, None
+
+    def log_size(self) -> Tensor:
+        """Return log of the sizes of all tokens [B, P + K]: computed once for all blocks up to the next merge."""
+        assert self.merged is not None
+        size, prefix = self.merged.size, self.num_prefix_tokens
+        if self._log_size is None or self._log_size.shape[1] != prefix + size.shape[1]:
+            self._log_size = torch.cat((size.new_zeros(size.shape[0], prefix), size.log()), dim=1)
+        return self._log_size
+
     def arguments(self) -> tuple[int, int, tuple[int, int] | None, Merged | None, Tensor | None, bool]:
         """Return what makes another pass that stands where this one does."""
-        return self.num_patches, self.num_prefix_tokens, self.grid_size, self.merged, self.offset, self.keeps_offsets
+        return self.num_patches, self.num_prefix_tokens, self.grid_size, self.merged, self.offset, self.reads_grid
 
     def positions(self, embedding: Tensor | None) -> Tensor | None:
         """Return a position embedding of the patches as the image tokens have it now; see `patches`."""
@@ -113,12 +130,14 @@ class Edge:
         keep_grid: every block gives the full grid back.
         reads_grid: somebody reads the grid that is restored at the end, and not the class token alone.
         grid_size: (height, width) of the patch grid, if the method told.
+        with_gradients: gradients are recorded.
     """
 
     def __init__(self, keep_grid: bool, reads_grid: bool):
         self.keep_grid = keep_grid
         self.reads_grid = reads_grid
         self.grid_size: tuple[int, int] | None = None
+        self.with_gradients = torch.is_grad_enabled()
 
 
 class _Local(threading.local):
@@ -235,7 +254,10 @@ class Plan:
         grid_size = edge.grid_size if edge is not None and edge.grid_size is not None else self.grid_size
         # Sections read the grid in between.
         read = edge is None or edge.reads_grid or len(self.sections) > 1 or self.keeps_grid()
-        state = Pass(num_tokens - num_prefix_tokens, num_prefix_tokens, grid_size, keeps_offsets=read)
+        # Reentrant checkpointing runs blocks again, without gradients the first time, and it is not known for whom.
+        again = edge is not None and edge.with_gradients and not torch.is_grad_enabled()
+        read = read or again or _local.trace is not None
+        state = Pass(num_tokens - num_prefix_tokens, num_prefix_tokens, grid_size, reads_grid=read)
         self.install(state)
         return state
 
@@ -254,8 +276,7 @@ class Plan:
         """Return log of the sizes of all tokens [B, P + K], or None where attention is not to be changed."""
         if state.merged is None or not self.config.proportional_attention:
             return None
-        size = state.merged.size
-        return torch.cat((size.new_zeros(size.shape[0], state.num_prefix_tokens), size.log()), dim=1)
+        return state.log_size()
 
     def bias(self, state: Pass, attn_mask: Tensor | None, is_causal: bool, like: Tensor) -> tuple[Tensor | None, bool]:
         """Return what is added to the logits on account of masks, and whether it already counts the sizes.
