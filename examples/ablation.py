@@ -261,20 +261,20 @@ def rows_for(model: nn.Module) -> list[Row]:
 
 def schedule_rows(model: nn.Module) -> list[Row]:
     """Return the schedules that are tried."""
-    sections, default = stage_choices(model)
-    every = [block for section in sections for block in section]
+    choices = stage_choices(model)
+    every = [block for section in choices.sections for block in section]
 
     def numbered(name: str, stages: Sequence[int]) -> Row:
         return Row("schedule", f"equal numbers, {name}", MergeConfig(stages=stages, schedule="equal_numbers"))
 
     return [
-        Row("schedule", "equal numbers, five stages", MergeConfig(schedule="equal_numbers")),
-        numbered("the paper's stages", default),
+        Row("schedule", "equal rates, the paper's stages", MergeConfig(schedule="equal_rates")),
+        numbered("the paper's stages", choices.equal_rates),
         numbered("every block", every),
         numbered("every block but the first and the last", every[1:-1]),
         numbered("every other block, from the second", every[1:-1:2]),
         numbered("every other block, from the first", every[:-1:2]),
-        Row("schedule", "late-heavy numbers, every block", shape=partial(numbers, sections, 1, 2)),
+        Row("schedule", "late-heavy numbers, every block", shape=partial(numbers, choices.sections, 1, 2)),
     ]
 
 

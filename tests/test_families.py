@@ -54,7 +54,8 @@ def test_patched_and_removed(kind):
     assert not torch.equal(merged, output)
     if "encoder" not in kind:  # timm's encoders of language models have no head
         torch.testing.assert_close(model.forward_head(merged_features), merged)
-    assert count_macs(model, x) < 0.9 * macs
+    # The convolutions of a hybrid stay as they are, and its few tokens are rounded up in every stage.
+    assert count_macs(model, x) < (0.95 if kind == "ViT behind a ResNet" else 0.9) * macs
 
     assert remove(model) is model
     assert fingerprint(model) == before

@@ -14,12 +14,12 @@ KeepRate: TypeAlias = float | Sequence[float] | Mapping[int, float]
 Amount: TypeAlias = float | int
 
 Method: TypeAlias = Literal["merge", "tome", "late_tome", "evit", "ppt", "prune", "random"]
-Schedule: TypeAlias = Literal["equal_rates", "equal_numbers"]
+Schedule: TypeAlias = Literal["equal_numbers", "equal_rates"]
 Importance: TypeAlias = Literal["auto", "class_attention", "uniform"]
 Similarity: TypeAlias = Literal["tokens", "keys", "values"]
 MultiScale: TypeAlias = Literal["off", "importance", "descriptors", "learned"]
 METHODS: tuple[str, ...] = get_args(Method)
-SCHEDULES: tuple[str, ...] = get_args(Schedule)
+SCHEDULES: tuple[str | None, ...] = (None, *get_args(Schedule))
 IMPORTANCE: tuple[str, ...] = get_args(Importance)
 SIMILARITY: tuple[str, ...] = get_args(Similarity)
 MULTI_SCALE: tuple[str, ...] = get_args(MultiScale)
@@ -29,8 +29,8 @@ EVERY_BLOCK = ("tome", "late_tome")
 BY_CLASS_ATTENTION = ("evit", "ppt", "prune")
 DROPPING = ("ppt", "prune", "random")
 PROPORTIONAL = ("merge", "tome", "late_tome", "ppt")
-# Equal numbers: no stage merges a larger share of its tokens than this, as long as the stages suffice.
-LARGEST_CUT = 0.4
+# Equal numbers: no stage merges a larger share of its tokens than this, unless all do.
+LARGEST_CUT = 0.2
 
 
 class MergeOptions(TypedDict, total=False):
@@ -39,7 +39,7 @@ class MergeOptions(TypedDict, total=False):
     method: Method
     r: int | None
     stages: Sequence[int] | None
-    schedule: Schedule
+    schedule: Schedule | None
     importance: Importance
     similarity: Similarity
     multi_scale: MultiScale
@@ -64,11 +64,12 @@ class MergeConfig:
         r: of "tome" only, and instead of keep_rate: how many tokens each block merges, at most half of them.
         stages: indices of the blocks that reduce tokens, counted through the whole network; None for the schedule's
             own.
-        schedule: how one float becomes the shares of the stages. "equal_rates": each stage keeps the share
-            `keep_rate`; three stages at 1/4, 1/2 and 3/4 of the depth, or those that a family does best with, if none
-            are given. "equal_numbers": each stage merges as many tokens, but at most 40 % of those that it has; five
-            stages at odd twelfths of the depth (blocks 1, 3, 5, 7 and 9 of 12) if none are given. That moves the
-            output less at equal multiply-adds, and takes more time.
+        schedule: how one float becomes the shares of the stages. "equal_numbers": each stage merges as many tokens,
+            but at most a fifth of those that it has, or the same share, a larger one, where that leaves too much work;
+            five stages at odd twelfths of the depth (blocks 1, 3, 5, 7 and 9 of 12) if none are given. "equal_rates":
+            each stage keeps the share `keep_rate`; three stages at 1/4, 1/2 and 3/4 of the depth, or those that a
+            family does best with, if none are given. None: equal rates where stages are given, or where blocks give
+            back the grid; else equal numbers.
         importance: whose attention says how much an image token matters. "auto": that of the class token, if there is
             one, and that of 16 image tokens, evenly spaced, which stand for all; where tokens are merged before they
             attend, nobody's. "class_attention": that of the class token alone (and of DeiT's distillation token).
@@ -92,7 +93,7 @@ class MergeConfig:
     method: str = "merge"
     r: int | None = None
     stages: Sequence[int] | None = None
-    schedule: str = "equal_rates"
+    schedule: str | None = None
     importance: str = "auto"
     similarity: str = "tokens"
     multi_scale: str = "off"
@@ -107,7 +108,7 @@ class MergeConfig:
             raise ConfigError("keep_rate is a mapping, which already names the blocks: leave stages out.")
         if isinstance(self.keep_rate, tuple) and self.stages and len(self.keep_rate) != len(self.stages):
             raise ConfigError(_wrong_number(self.keep_rate, self.stages))
-        if self.schedule != "equal_rates" and not isinstance(self.keep_rate, float):
+        if self.schedule is not None and not isinstance(self.keep_rate, float):
             raise ConfigError(
                 f"schedule={self.schedule!r} says what one keep rate means, but there is one for each stage: leave "
                 "schedule out."
@@ -195,6 +196,7 @@ class MergeConfig:
         depth: int,
         default: Sequence[int] | None = None,
         sections: Sequence[range] | None = None,
+        by_number: bool = True,
     ) -> dict[int, Amount]:
         """Return {block index: amount} for a model of `depth` blocks, without the stages that keep everything.
 
@@ -202,13 +204,14 @@ class MergeConfig:
             depth: number of blocks.
             default: the stages of equal rates if none were asked for; None for 1/4, 1/2 and 3/4 of the depth.
             sections: runs of blocks through which tokens may stay fewer; None for one that is all of them.
+            by_number: the model's default schedule is one of equal numbers.
 
         Raises:
             ConfigError: a block index does not exist, or the number of keep rates is not that of the stages.
         """
         default = default_stages(depth) if default is None else default
         sections = [range(depth)] if sections is None else sections
-        amounts = self._all_amounts(default, sections)
+        amounts = self._all_amounts(default, sections, by_number)
         for index in amounts:
             if index >= depth:
                 raise ConfigError(f"Block {index} does not exist: the model has {depth} blocks, 0 to {depth - 1}.")
@@ -217,7 +220,7 @@ class MergeConfig:
             index: amount for index, amount in sorted(amounts.items()) if amount != keeps_all[isinstance(amount, int)]
         }
 
-    def _all_amounts(self, default: Sequence[int], sections: Sequence[range]) -> Mapping[int, Amount]:
+    def _all_amounts(self, default: Sequence[int], sections: Sequence[range], by_number: bool) -> Mapping[int, Amount]:
         stages = self.stages
         if isinstance(self.keep_rate, Mapping):
             return self.keep_rate
@@ -231,7 +234,8 @@ class MergeConfig:
             return dict(zip(stages, self.keep_rate, strict=True))
         assert isinstance(self.keep_rate, float)
         every_block = self.method in EVERY_BLOCK and stages is None
-        if not every_block and self.schedule != "equal_numbers":
+        numbers = self.schedule == "equal_numbers" or (self.schedule is None and stages is None and by_number)
+        if not every_block and (not numbers or self.method != "merge"):
             return dict.fromkeys(default if stages is None else stages, self.keep_rate)
         amounts: dict[int, Amount] = {}
         for section in sections:

@@ -7,7 +7,7 @@ its import hooks.
 """
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
@@ -183,10 +183,23 @@ def models_by_adapter() -> dict[Adapter, list[str]]:
     return served
 
 
-def stage_choices(model: nn.Module) -> tuple[list[range], tuple[int, ...]]:
-    """Return the runs of blocks through which tokens may stay fewer, and the default stages.
+class StageChoices(NamedTuple):
+    """Where a model can reduce tokens.
 
-    Blocks that give back the whole grid are runs of their own.
+    Attributes:
+        sections: runs of blocks through which tokens may stay fewer. Blocks that give back the grid are runs of their
+            own.
+        default: schedule of a keep rate by default, {block: rate}.
+        equal_rates: stages of the family's schedule by equal rates.
+    """
+
+    sections: list[range]
+    default: Callable[[float], dict[int, float]]
+    equal_rates: tuple[int, ...]
+
+
+def stage_choices(model: nn.Module) -> StageChoices:
+    """Return where a model can reduce tokens, and where it does so by default.
 
     Raises:
         UnsupportedModelError: there is no model that is served in `model`, or there are several.
@@ -195,10 +208,21 @@ def stage_choices(model: nn.Module) -> tuple[list[range], tuple[int, ...]]:
     if len(served) > 1:
         raise UnsupportedModelError(f"{type(model).__name__} has {len(served)} vision transformers. Give one of them.")
     part, adapter = served[0]
-    sections = adapter.sections(part)
+    sections, stages, depth = adapter.sections(part), adapter.default_stages(part), len(adapter.blocks(part))
+    by_number = _by_number(adapter, sections)
+
+    def default(keep_rate: float) -> dict[int, float]:
+        return dict(MergeConfig(keep_rate).amounts(depth, stages, sections, by_number))
+
     if adapter.model_mixin is None:
-        sections = [range(block, block + 1) for section in sections for block in section]
-    return sections, adapter.default_stages(part)
+        single = [range(block, block + 1) for section in sections for block in section]
+        return StageChoices(single, default, stages)
+    return StageChoices(sections, default, stages)
+
+
+def _by_number(adapter: Adapter, sections: list[range]) -> bool:
+    """Return whether tokens are reduced by number if nothing else is asked for: where they stay fewer to the end."""
+    return adapter.model_mixin is not None and len(sections) == 1
 
 
 @contextmanager
@@ -334,7 +358,7 @@ def _changes(model: Any, adapter: Adapter, config: MergeConfig, learned: list[Mu
             f"multi_scale={config.multi_scale!r} needs to know which tokens are neighbours, and the order in which "
             f"{type(model).__name__} keeps them does not tell. Leave it at 'off'."
         )
-    schedule = config.amounts(len(blocks), default, sections)
+    schedule = config.amounts(len(blocks), default, sections, _by_number(adapter, sections))
     for block in schedule:
         if not any(block in section for section in sections):
             allowed = ", ".join(str(b) for section in sections for b in section)

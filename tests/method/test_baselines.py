@@ -339,8 +339,9 @@ def test_the_methods_leave_the_same_compute_at_one_keep_rate():
     macs = {m: count_macs(apply(model, 0.7, method=m), x[:1]) for m in METHODS}
     least = min(macs.values())
     # Attention is not linear in the tokens, and late numbers leave more of it.
-    assert macs.pop("late_tome") < 1.05 * least
-    # Merging compares all tokens with each other, which counts in a model with so few channels.
+    assert macs.pop("late_tome") < 1.07 * least
+    # Merging compares all tokens with each other in five stages, which counts in a model with so few channels.
+    assert macs.pop("merge") < 1.06 * least
     assert max(macs.values()) < 1.04 * least
 
 

@@ -22,7 +22,7 @@ from token_merge_plugin.config import tokens_kept
 # examples/results/dense.md), and a fourth changes next to nothing.
 ROUNDS = 3
 # More than any merge costs, and yet many times of it are a float.
-UNSEEN = 1e30
+PROHIBITIVE = 1e30
 
 
 class Assignment(NamedTuple):
@@ -55,7 +55,7 @@ def merge_cost(descriptors: Tensor, weight: Tensor) -> Tensor:
     """Return what merging each pair of tokens would lose (Ward 1963): [B, T, D] and [B, T] -> [B, T, T], in float32.
 
     Merging tokens a and b of weights n and m into their mean adds n m / (n + m) |a - b|^2 to the squared error of what
-    they stand for. No token merges with itself: the diagonal is infinite.
+    they stand for. No token merges with itself: the diagonal is prohibitive.
 
     Args:
         descriptors: what tokens are compared by.
@@ -66,19 +66,17 @@ def merge_cost(descriptors: Tensor, weight: Tensor) -> Tensor:
     with nullcontext() if device == "meta" else torch.autocast(device, enabled=False):
         centred = descriptors.float()
         centred = centred - centred.mean(dim=1, keepdim=True)  # smaller numbers lose less in their differences
-        square = centred.square().sum(dim=2)
-        # In place: matrices of all pairs are written as seldom as can be.
-        cost = square.unsqueeze(2) + square.unsqueeze(1)
-        cost.baddbmm_(centred, centred.transpose(1, 2), alpha=-2)
-    inverse = 1 / weight.float()
-    cost.clamp_(min=0).div_(inverse.unsqueeze(2) + inverse.unsqueeze(1))
+        square = torch.linalg.vector_norm(centred, dim=2).square()
+        cost = torch.baddbmm(square.unsqueeze(1), centred, centred.transpose(1, 2), alpha=-2)
+    # In place: matrices of all pairs are written as seldom as can be.
+    inverse = weight.float().reciprocal()
+    cost.add_(square.unsqueeze(2)).clamp_(min=0).div_(inverse.unsqueeze(2) + inverse.unsqueeze(1))
     return without_diagonal(cost)
 
 
 def without_diagonal(cost: Tensor) -> Tensor:
-    """Make the diagonal of the cost [B, T, T] infinite, in place: no token merges with itself."""
-    cost.diagonal(dim1=1, dim2=2).fill_(math.inf)
-    return cost
+    """Return the cost [B, T, T] with a prohibitive diagonal: no token merges with itself."""
+    return cost + PROHIBITIVE * torch.eye(cost.shape[1], device=cost.device)
 
 
 def assign(cost: Tensor, keep_rate: float, real: Tensor | None = None) -> Assignment:
@@ -103,27 +101,27 @@ def assign(cost: Tensor, keep_rate: float, real: Tensor | None = None) -> Assign
         goes = real.sum(dim=1, keepdim=True) - _quota(real, keep_rate)
     order = _order(cost, real)
     for round_ in range(ROUNDS):
-        # Two tokens that are nearest to each other cost the same: the first of them is taken to be cheaper.
         place = order.argsort(dim=1)
         if round_ > 0:  # a token that stays is compared with dearer ones that do, any other with all that stay
             place = place.masked_fill(place < goes, -1)
         # By arithmetic, for matrices of bools take several times as long.
-        dear = place.float() * UNSEEN
-        order = _order(torch.maximum(cost, (dear + UNSEEN / 2).unsqueeze(2) - dear.unsqueeze(1)), real)
+        dear = place.float() * PROHIBITIVE
+        order = _order(torch.maximum(cost, (dear + PROHIBITIVE / 2).unsqueeze(2) - dear.unsqueeze(1)), real)
     if real is not None:
         place = order.argsort(dim=1)
         # First go real tokens as said, then padding, then the other real tokens.
-        order = torch.where(real, (place >= goes) * 2 * tokens + place, tokens).argsort(dim=1, stable=True)
+        order = torch.where(real, (place >= goes) * 2 * tokens + place, tokens).argsort(dim=1)
     rest, stay = order[:, :number], order[:, number:].sort(dim=1).values
     return Assignment(stay, rest, match(cost, stay, rest))
 
 
 def _order(cost: Tensor, real: Tensor | None) -> Tensor:
     """Return the indices of the tokens by what their cheapest merges cost, padding last: [B, T, T] -> [B, T]."""
-    cheapest = cost.amin(dim=2)
+    # Two tokens that are nearest to each other cost the same, but for rounding: the first of them is to be cheaper.
+    cheapest = cost.amin(dim=2) * (1 + 1e-6 * torch.arange(cost.shape[1], device=cost.device))
     if real is not None:
         cheapest = cheapest.masked_fill(~real, math.inf)
-    return cheapest.argsort(dim=1, stable=True)
+    return cheapest.argsort(dim=1)
 
 
 def bipartite(descriptors: Tensor, keep: int, num_prefix_tokens: int) -> Assignment:

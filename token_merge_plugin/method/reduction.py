@@ -286,7 +286,9 @@ def _importance(stage: Stage) -> Tensor:
     importance = relative[:, 0] ** CLASS_POWER if classes else torch.ones_like(size)
     if kind == "auto":
         importance = torch.maximum(importance, IMAGE_FACTOR * relative[:, -1] ** IMAGE_POWER)
-    return _multi_scale("importance", stage, importance[:, :, None])[:, :, 0]
+    if plan.config.multi_scale == "importance":
+        return _multi_scale(stage, importance[:, :, None])[:, :, 0]
+    return importance
 
 
 def _class_attention(stage: Stage) -> Tensor:
@@ -327,7 +329,8 @@ def _attention_received(stage: Stage, rows: Tensor, values: bool = False) -> Ten
         logits = None if seen.logits is None else take(seen.logits.transpose(1, 2), rows).transpose(1, 2)
         value = seen.value if values else None
         scores.append(query_row_attention(queries, seen.key, seen.scale, bias, seen.head_weight, logits, value))
-    return torch.stack(scores).mean(dim=0)[:, :, prefix:]
+    received = scores[0] if len(scores) == 1 else torch.stack(scores).mean(dim=0)
+    return received[:, :, prefix:]
 
 
 def _mean_keys(stage: Stage) -> Tensor:
@@ -348,15 +351,15 @@ def _descriptors(stage: Stage) -> Tensor:
         layers = [seen.key if kind == "keys" else seen.value for seen in stage.evidence]
         prefix = stage.state.num_prefix_tokens
         descriptors = torch.cat([x[:, :, prefix:].transpose(1, 2).flatten(2) for x in layers], dim=2)
-    return _multi_scale("descriptors", stage, descriptors)
+    return _multi_scale(stage, descriptors) if stage.plan.config.multi_scale == "descriptors" else descriptors
 
 
-def _multi_scale(where: str, stage: Stage, features: Tensor) -> Tensor:
-    """Fuse features [B, T, D] over the scales of the patch grid, if the config asks for it here.
+def _multi_scale(stage: Stage, features: Tensor) -> Tensor:
+    """Fuse features [B, T, D] over the scales of the patch grid.
 
     Where there is no full grid (patch dropout in training), features stay as they are.
     """
     grid, before = stage.state.grid_size, stage.before
-    if stage.plan.config.multi_scale != where or grid is None or grid[0] * grid[1] != stage.state.num_patches:
+    if grid is None or grid[0] * grid[1] != stage.state.num_patches:
         return features
     return take(fuse(restore(features, before.token_map), grid), before.representative)

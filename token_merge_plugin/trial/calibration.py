@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from token_merge_plugin.config import MergeConfig
 from token_merge_plugin.errors import ConfigError, counted
-from token_merge_plugin.patching import apply, remove, stage_choices
+from token_merge_plugin.patching import StageChoices, apply, remove, stage_choices
 from token_merge_plugin.trial.budgets import WORK, Budget, scheduled
 from token_merge_plugin.trial.dense import Head, describe_head, evaluating_head
 from token_merge_plugin.trial.distances import Unpatched, paired_difference
@@ -132,7 +132,7 @@ def calibrate(
     if base.method != "merge" or base.stages is not None:
         raise ConfigError("Calibration chooses the stages of method 'merge': leave method and stages out.")
     remove(model)
-    sections, default = stage_choices(model)
+    choices = stage_choices(model)
     batches = collect_images(images, num_images).split(batch_size)
     with evaluating(model), evaluating_head(head), torch.inference_mode():
         try:
@@ -149,8 +149,8 @@ def calibrate(
             alternatives = [alternative for alternative in ALTERNATIVES if alternative[0] not in options]
             with Journal(log, about) as journal:
                 work = Budget(model, first, budget, target, journal)
-                search = _Search(Unpatched(model, batches, head), work, sections, journal)
-                found = search.run(base, default, alternatives, moves, seed, progress)
+                search = _Search(Unpatched(model, batches, head), work, choices, journal)
+                found = search.run(base, alternatives, moves, seed, progress)
         finally:
             remove(model)
     if report is not None:
@@ -186,25 +186,28 @@ class _Measured(NamedTuple):
 class _Search:
     """Looks for the config that moves the outputs the least within the budget."""
 
-    def __init__(self, unpatched: Unpatched, budget: Budget, sections: Sequence[range], journal: Journal):
-        self.unpatched, self.budget, self.sections, self.journal = unpatched, budget, sections, journal
+    def __init__(self, unpatched: Unpatched, budget: Budget, choices: StageChoices, journal: Journal):
+        self.unpatched, self.budget, self.sections, self.journal = unpatched, budget, choices.sections, journal
         self.known = {entry["config"]: torch.tensor(entry["distances"]) for entry in journal.of("distances")}
-        self.blocks = [block for section in sections for block in section]
+        self.blocks = [block for section in self.sections for block in section]
+        self.shapes: list[Shape] = [
+            lambda strength: choices.default(max(0.01, 0.7**strength)),
+            *regular(self.sections, choices.equal_rates),
+            *by_number(self.sections),
+        ]
 
     def run(
         self,
         base: MergeConfig,
-        default: Sequence[int],
         alternatives: Sequence[tuple[str, Any, float]],
         moves: int,
         seed: int,
         progress: bool,
     ) -> Calibration:
-        shapes = [*regular(self.sections, default), *by_number(self.sections)]
-        total = len(self.blocks) * len(PROBES) + len(shapes) + 1 + len(alternatives) + moves
+        total = len(self.blocks) * len(PROBES) + len(self.shapes) + 1 + len(alternatives) + moves
         with tqdm(total=total, desc="calibration", unit="schedule", leave=False, disable=not progress) as self.bar:
-            candidates = self._candidates(base, [*shapes, partial(powers, self._cheapest(base))])
-            default_one = candidates.get(0)  # the first of the regular ones
+            candidates = self._candidates(base, [*self.shapes, partial(powers, self._cheapest(base))])
+            default_one = candidates.get(0)
             first = next(iter(candidates.values()))
             best = better(first, min(candidates.values(), key=lambda candidate: candidate.distance))
             for option, value, errors in alternatives:
