@@ -504,3 +504,11 @@ def test_a_hook_that_restores_what_comes_before_a_stage_is_told_so():
     with pytest.raises(PatchStateError, match="The pass under way has 33 tokens, and there are 32"):
         model(images())
     assert torch.equal(restore(make(), torch.ones(1, 2, 3)), torch.ones(1, 2, 3))
+
+
+@torch.no_grad()
+def test_a_hook_that_restores_an_image_of_tokens_is_told_so():
+    model = apply(make("CoAtNet"), 0.6)
+    model.stages[2].blocks[0].norm2.register_forward_hook(lambda module, args, output: restore(model, output))
+    with pytest.raises(PatchStateError, match=r"Tokens are \[B, P \+ K, D\], and these are .* Reshape them"):
+        model(images("CoAtNet"))

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from token_merge_plugin.config import DROPPING, Amount, MergeConfig
+from token_merge_plugin.errors import PatchStateError
 from token_merge_plugin.method.attention import additive_mask, causal_mask
 from token_merge_plugin.method.merging import restore
 from token_merge_plugin.method.patches import (
@@ -88,6 +89,7 @@ class Pass:
         """Return a position embedding of the patches as the image tokens have it now; see `patches`."""
         if self.merged is None or embedding is None:
             return embedding
+        self.check_positions(embedding.shape[-2])
         return embedding_of_tokens(embedding, self.merged)
 
     def position_bias(self, bias: Tensor | None) -> Tensor | None:
@@ -95,7 +97,21 @@ class Pass:
         if bias is None:
             return None
         bias = bias.unsqueeze(0) if bias.dim() == 3 else bias
+        if self.merged is not None:
+            self.check_positions(bias.shape[-1] - self.num_prefix_tokens)
         return bias if self.merged is None else position_bias_of_tokens(bias, self.num_prefix_tokens, self.merged)
+
+    def check_positions(self, count: int) -> None:
+        """Refuse what belongs to another number of patches, of which tokens would take what is not theirs.
+
+        Raises:
+            PatchStateError: the image is of another size than the model.
+        """
+        if not torch.compiler.is_compiling() and not torch.jit.is_tracing() and count != self.num_patches:
+            raise PatchStateError(
+                f"The model has positions for {count} patches, and was given {self.num_patches}: the image is of "
+                "another size than the model, which does not take it unpatched either."
+            )
 
     def take_tokens(self, x: Tensor) -> Tensor:
         """Undo `Plan.restore`: take one patch of each token, [B, P + N, C] -> [B, P + K, C]."""
@@ -151,7 +167,7 @@ def record(block: int, state: Pass) -> None:
 
 @dataclass(eq=False)
 class Plan:
-    """What is done to one model: made by `apply`, shared by its patched modules, never changed by a forward pass.
+    """What is done to one model: made by `apply`, shared by its patched modules.
 
     Attributes:
         config: the options given.
@@ -161,6 +177,9 @@ class Plan:
         num_class_tokens: of these, the first ones, whose attention says what matters.
         grid_size: (height, width) of the patch grid, or None where it depends on the image.
         checkpointing: recompute each block in the backward pass.
+        begun: {first block of a section's stages: (grid size, whether offsets are kept, whether every block gives the
+            full grid back)} of the last pass whose gradients may be asked for. The only thing that a pass changes: for
+            whoever recomputes it from the tokens alone.
     """
 
     config: MergeConfig
@@ -170,6 +189,7 @@ class Plan:
     num_class_tokens: int
     grid_size: tuple[int, int] | None
     checkpointing: bool = False
+    begun: dict[int, tuple[tuple[int, int] | None, bool, bool]] = field(default_factory=dict)
     key: int = field(default_factory=lambda: next(_keys))
 
     def __post_init__(self) -> None:
