@@ -19,6 +19,8 @@ from timm.models.vision_transformer import VisionTransformer
 from timm.utils import AttentionExtract
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
+from torch.func import functional_call, grad, vmap
+from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
 from token_merge_plugin import (
@@ -504,3 +506,80 @@ def test_a_hook_that_restores_what_comes_before_a_stage_is_told_so():
     with pytest.raises(PatchStateError, match="The pass under way has 33 tokens, and there are 32"):
         model(images())
     assert torch.equal(restore(make(), torch.ones(1, 2, 3)), torch.ones(1, 2, 3))
+
+
+@torch.no_grad()
+def test_a_hook_that_restores_an_image_of_tokens_is_told_so():
+    model = apply(make("CoAtNet"), 0.6)
+    model.stages[2].blocks[0].norm2.register_forward_hook(lambda module, args, output: restore(model, output))
+    with pytest.raises(PatchStateError, match=r"Tokens are \[B, P \+ K, D\], and these are .* Reshape them"):
+        model(images("CoAtNet"))
+
+
+class Scaled(nn.Module):
+    """A parametrization."""
+
+    def forward(self, weight):
+        return 0.5 * weight
+
+
+def low_rank(model):
+    """LoRA by hooks: beside each qkv, whose module stays as it is."""
+    torch.manual_seed(3)
+    for layer in [module.qkv for module in model.modules() if hasattr(module, "qkv")]:
+        weight = 0.05 * torch.randn_like(layer.weight)
+        layer.register_forward_hook(lambda module, args, output, weight=weight: output + args[0] @ weight.T)
+
+
+def parametrized(model):
+    for layer in [module.qkv for module in model.modules() if hasattr(module, "qkv")]:
+        parametrize.register_parametrization(layer, "weight", Scaled())
+
+
+def attributed(model):
+    """As attribution libraries do: hooks that change what blocks return."""
+    for block in find_adapter(model).blocks(model):
+        block.register_forward_hook(lambda module, args, output: 1.1 * output)
+
+
+@pytest.mark.parametrize("kind", ["ViT", "EVA-02", "DeiT, distilled", "Swin"])
+@pytest.mark.parametrize("change", [low_rank, parametrized, attributed])
+@torch.no_grad()
+def test_what_others_hang_on_to_the_layers_counts_in_merged_blocks(kind, change):
+    model, x = make(kind), images(kind)
+    patched = apply(copy.deepcopy(model), 1 - 1e-9)
+    change(model)
+    change(patched)
+    torch.testing.assert_close(patched(x), model(x), rtol=1e-4, atol=1e-4)
+    merged = apply(model, 0.6)(x)
+    torch.testing.assert_close(apply(patched, 0.6)(x), merged)
+
+
+def test_a_parametrization_of_an_attention_layers_own_parameter_is_refused_in_either_order():
+    """torch makes another class of the layer, and puts the parametrizations into it as a part."""
+    model = make("Swin")
+    layer = model.layers[0].blocks[0].attn
+    apply(model, 0.6)
+    parametrize.register_parametrization(layer, "relative_position_bias_table", Scaled())
+    with pytest.raises(PatchStateError, match="Undo that first"):
+        remove(model)
+    parametrize.remove_parametrizations(layer, "relative_position_bias_table")
+    remove(model)
+    parametrize.register_parametrization(layer, "relative_position_bias_table", Scaled())
+    with pytest.raises(UnsupportedModelError, match="parts that are not known here: parametrizations"):
+        apply(model, 0.6)
+
+
+@pytest.mark.parametrize("kind", ["ViT", "EVA-02", "Swin"])
+def test_gradients_of_each_image_are_those_of_the_image_alone(kind):
+    """Differential privacy and influence functions take them by vmap over functional_call."""
+    model, x = apply(make(kind), 0.6), images(kind)
+    parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+    def loss(parameters, image):
+        return functional_call(model, parameters, (image[None],)).square().sum()
+
+    together = vmap(grad(loss), in_dims=(None, 0))(parameters, x)
+    alone = grad(loss)(parameters, x[1])
+    for name, gradient in alone.items():
+        torch.testing.assert_close(together[name][1], gradient, rtol=1e-3, atol=1e-4)

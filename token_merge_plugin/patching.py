@@ -137,19 +137,22 @@ def restore(model: nn.Module, tokens: Tensor) -> Tensor:
 
     Args:
         model: patched, or not: then tokens are returned as they are.
-        tokens: [B, P + K, D], prefix and image tokens, such as the output of a norm or of an attention layer.
+        tokens: [B, P + K, D], prefix and image tokens, such as the output of a norm or of an attention layer. Where
+            blocks attend within windows, B counts windows.
 
     Returns:
         [B, P + N, D].
 
     Raises:
-        PatchStateError: the tokens are not as many as the pass under way has.
+        PatchStateError: the tokens are not as many as the pass under way has, or are no sequences.
     """
     for plan in plans_of(model):
         state = plan.current()
         if state is None or state.merged is None:
             continue
         expected = state.num_prefix_tokens + state.merged.size.shape[1]
+        if tokens.dim() != 3:
+            raise PatchStateError(f"Tokens are [B, P + K, D], and these are {list(tokens.shape)}. Reshape them first.")
         if tokens.shape[1] != expected:
             raise PatchStateError(
                 f"The pass under way has {expected} tokens, and there are {tokens.shape[1]}: in front of a stage there "
@@ -214,7 +217,7 @@ def stage_choices(model: nn.Module) -> StageChoices:
     def default(keep_rate: float) -> dict[int, float]:
         return dict(MergeConfig(keep_rate).amounts(depth, stages, sections, by_number))
 
-    if adapter.model_mixin is None:
+    if adapter.on_entry:
         single = [range(block, block + 1) for section in sections for block in section]
         return StageChoices(single, default, stages)
     return StageChoices(sections, default, stages)
@@ -222,7 +225,7 @@ def stage_choices(model: nn.Module) -> StageChoices:
 
 def _by_number(adapter: Adapter, sections: list[range]) -> bool:
     """Return whether tokens are reduced by number if nothing else is asked for: where they stay fewer to the end."""
-    return adapter.model_mixin is not None and len(sections) == 1
+    return not adapter.on_entry and len(sections) == 1
 
 
 @contextmanager
@@ -342,7 +345,7 @@ def _changes(model: Any, adapter: Adapter, config: MergeConfig, learned: list[Mu
         class_tokens, grid_size = adapter.num_class_tokens(model), adapter.grid_size(model)
         num_prefix_tokens = adapter.num_prefix_tokens(model)
     if config.num_prefix_tokens is not None:
-        if adapter.model_mixin is None or config.num_prefix_tokens < num_prefix_tokens:
+        if adapter.on_entry or config.num_prefix_tokens < num_prefix_tokens:
             raise ConfigError(
                 f"num_prefix_tokens={config.num_prefix_tokens} does not fit this {type(model).__name__}, which has "
                 f"{num_prefix_tokens} of its own. Give the number of all tokens in front of the patches."
@@ -351,7 +354,7 @@ def _changes(model: Any, adapter: Adapter, config: MergeConfig, learned: list[Mu
         num_prefix_tokens, class_tokens = config.num_prefix_tokens, 0
     if not blocks:
         raise UnsupportedModelError(f"{type(model).__name__} has no blocks, so there is nothing to patch.")
-    if adapter.model_mixin is None:
+    if adapter.on_entry:
         _check_on_entry(model, config)
     if config.multi_scale != "off" and not adapter.in_rows:
         raise ConfigError(
@@ -390,11 +393,9 @@ def _changes(model: Any, adapter: Adapter, config: MergeConfig, learned: list[Mu
         grid_size=grid_size,
         checkpointing=getattr(model, "grad_checkpointing", False),
     )
-    changes: list[Change] = []
-    if adapter.model_mixin is not None:
-        changes.append(Change(model, patched_class(adapter.model_mixin, type(model)), Place(plan, -1)))
+    changes = [Change(model, patched_class(adapter.model_mixin, type(model)), Place(plan, -1))]
     for index, of_block in enumerate(mixins):
-        if adapter.model_mixin is not None or index in schedule:
+        if not adapter.on_entry or index in schedule:
             fusion = _fusion(model, of_block[0][0], learned) if index == fused else None
             (outer, outer_mixin), *layers = of_block
             changes += [Change(layer, patched_class(mixin, type(layer)), Place(plan, index)) for layer, mixin in layers]

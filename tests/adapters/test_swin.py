@@ -23,7 +23,7 @@ def test_a_keep_rate_that_merges_nothing_gives_the_unpatched_output(kind, size):
     x = torch.randn(2, 3, height, width)
     features, output = model.forward_features(x), model(x)
     apply(model, 1 - 1e-9, stages=range(4))
-    assert len([m for m in model.modules() if hasattr(m, "_token_merge")]) == 8  # blocks and attention layers
+    assert len([m for m in model.modules() if hasattr(m, "_token_merge")]) == 9  # model, blocks and attention layers
     torch.testing.assert_close(model.forward_features(x), features, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(model(x), output, rtol=1e-4, atol=1e-5)
     apply(model, 0.6, stages=range(4))

@@ -580,3 +580,17 @@ def test_every_command_explains_itself_with_an_example(command, capsys):
         main([command, "--help"])
     assert stop.value.code == 0
     assert f"token-merge {command}" in capsys.readouterr().out.split("examples:")[1]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("calibrate --target 2", "argument --target: '2' is not a number between 0 and 1"),
+        ("list --keep-rate much", "argument --keep-rate: 'much' is not a number between 0 and 1"),
+    ],
+)
+def test_a_share_out_of_range_is_refused_by_the_name_of_its_option(words, message, capsys):
+    """At once: before a model is loaded."""
+    with pytest.raises(SystemExit):
+        main(words.split())
+    assert message in capsys.readouterr().err

@@ -35,4 +35,4 @@ def test_the_table_of_the_results_lists_the_families_that_are_served():
         assert len(names) >= int(models)  # a newer timm may have more than the one that wrote the table
         assert (reduces, restores) == (adapter.reduces, adapter.restores)
         # The baselines are of sequences; what attends to a class token alone is left open here.
-        assert methods in (("all", "merge, tome, late_tome, random") if adapter.model_mixin else ("merge",))
+        assert methods in (("all", "merge, tome, late_tome, random") if not adapter.on_entry else ("merge",))

@@ -218,7 +218,7 @@ def test_a_config_is_saved_as_json(calibrated):
         ((1.5,), {}, ConfigError, "in \\(0, 1\\)"),
         ((1,), {}, ConfigError, "not a float"),
         ((0.67,), {"budget": "money"}, ConfigError, "budget='money'"),
-        ((0.01,), {}, ConfigError, "No schedule leaves 0.01"),
+        ((0.01,), {}, ConfigError, r"No schedule leaves 0.01 of .* the least is 0\.\d"),
         ((0.67,), {"method": "tome"}, ConfigError, "leave method and stages out"),
         ((0.67,), {"stages": (1, 2)}, ConfigError, "leave method and stages out"),
         ((0.67,), {"similarity": "magic"}, ConfigError, "similarity"),
@@ -234,6 +234,13 @@ def test_a_bad_request_is_refused_and_leaves_the_model_alone(arguments, options,
     with pytest.raises(error, match=message):
         calibrate(model, torch.randn(1, 3, 160, 160), *arguments, **options, **FAST)
     assert [type(module) for module in model.modules()] == classes
+
+
+def test_a_target_out_of_reach_is_refused_before_the_images_are_run(monkeypatch):
+    monkeypatch.setattr("token_merge_plugin.trial.calibration.Unpatched", None)
+    for budget in ("compute", "latency"):
+        with pytest.raises(ConfigError, match="Choose a larger target"):
+            calibrate(make("Swin"), images("Swin"), 0.01, budget=budget)
 
 
 def test_calibration_needs_images_and_one_supported_model():

@@ -29,11 +29,11 @@ def test_a_model_that_is_not_patched_has_no_summary():
         summary(model)
 
 
-@pytest.mark.parametrize(("kind", "of_model"), [("ViT", True), ("Swin", False)])
-def test_a_printed_model_shows_what_is_done_to_it(kind, of_model):
+@pytest.mark.parametrize("kind", ["ViT", "Swin"])
+def test_a_printed_model_shows_what_is_done_to_it(kind):
     model = make(kind)
     unpatched = repr(model)
     apply(model, {1: 0.75})
-    assert ("token merging: method='merge', keep_rate={1: 0.75}, stages=1" in repr(model)) is of_model
+    assert "token merging: method='merge', keep_rate={1: 0.75}, stages=1" in repr(model)
     assert repr(model).count("token merging: keeps 75.0%") == 1
     assert repr(remove(model)) == unpatched

@@ -99,6 +99,10 @@ def _make_class(mixin: type[Patched], original: type[nn.Module]) -> type[nn.Modu
         body["_token_merge_as_timm"] = all(m is None or m.__module__.startswith("timm.") for m in methods)
         if hasattr(original, "set_input_size"):
             body["set_input_size"] = _followed(original.set_input_size)
+    if issubclass(mixin, PatchedGridModel):
+        features = [name for name in ("forward_features", "forward_intermediates") if hasattr(original, name)]
+        body |= {name: _checked(getattr(original, name)) for name in features or ["forward"]}
+        body.setdefault("forward", _named_like(original.forward, original.forward))
     if issubclass(mixin, PatchedGridBlock):
         body["forward"] = _named_like(mixin.forward, mixin.forward)
     return type(original.__name__, (mixin, original), body)
@@ -135,6 +139,45 @@ def _followed(method: Callable) -> Callable:
         return result
 
     return change
+
+
+def _checked(method: Callable) -> Callable:
+    """Make a method of a model check first that the model is as it was planned for."""
+
+    @wraps(method)
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if not torch.compiler.is_compiling():
+            check_plan(self)
+        return method(self, *args, **kwargs)
+
+    return call
+
+
+def check_plan(model: Any) -> None:
+    """Refuse a patched model that is not as it was planned for: cheap, and at the beginning of a pass.
+
+    Raises:
+        PatchStateError: something changed since `apply`.
+    """
+    plan = model._token_merge.plan
+    adapter: Any = find_adapter(model)
+
+    def refuse(change: str) -> None:
+        raise PatchStateError(f"This {type(model).__name__} was changed since apply: {change}. Apply again.")
+
+    for index, block in enumerate(map(unwrapped, adapter.blocks(model))):
+        if adapter.on_entry and index not in plan.schedule:
+            continue  # it is not patched
+        if getattr(block, "_token_merge", None) != (plan, index):
+            refuse(f"block {index} is another one")
+        for layer in adapter.layers(block):
+            if getattr(layer, "_token_merge", None) != (plan, index):
+                refuse(f"the attention of block {index} is another one")
+    grid_size, prefix = adapter.grid_size(model), adapter.num_prefix_tokens(model)
+    if grid_size is not None and tuple(grid_size) != tuple(plan.grid_size or ()):
+        refuse(f"the patch grid is {tuple(grid_size)}, and was {plan.grid_size}")
+    if plan.config.num_prefix_tokens is None and prefix != plan.num_prefix_tokens:
+        refuse(f"there are {prefix} prefix tokens, and were {plan.num_prefix_tokens}")
 
 
 def _new_patched(mixin: type[Patched], original: type[nn.Module]) -> nn.Module:
@@ -196,34 +239,10 @@ class PatchedModel(Patched):
     def forward_intermediates(self, *args: Any, **kwargs: Any) -> Any:
         return self._call(super().forward_intermediates, True, args, kwargs)  # type: ignore[misc]
 
-    def _check_plan(self) -> None:
-        """Refuse a model that is not as it was planned for: cheap, and at the beginning of a pass.
-
-        Raises:
-            PatchStateError: something changed since `apply`.
-        """
-        plan = self._token_merge.plan
-        adapter: Any = find_adapter(self)
-
-        def refuse(change: str) -> None:
-            raise PatchStateError(f"This {type(self).__name__} was changed since apply: {change}. Apply again.")
-
-        for index, block in enumerate(map(unwrapped, adapter.blocks(self))):
-            if getattr(block, "_token_merge", None) != (plan, index):
-                refuse(f"block {index} is another one")
-            for layer in adapter.layers(block):
-                if getattr(layer, "_token_merge", None) != (plan, index):
-                    refuse(f"the attention of block {index} is another one")
-        grid_size, prefix = adapter.grid_size(self), adapter.num_prefix_tokens(self)
-        if grid_size is not None and tuple(grid_size) != tuple(plan.grid_size or ()):
-            refuse(f"the patch grid is {tuple(grid_size)}, and was {plan.grid_size}")
-        if plan.config.num_prefix_tokens is None and prefix != plan.num_prefix_tokens:
-            refuse(f"there are {prefix} prefix tokens, and were {plan.num_prefix_tokens}")
-
     def _call(self, method: Callable, keep_grid: bool, args: tuple, kwargs: dict) -> Any:
         plan = self._token_merge.plan
         if not torch.compiler.is_compiling():
-            self._check_plan()
+            check_plan(self)
         outer = plan.open_edge(keep_grid, reads_grid=True)
         try:
             result = method(*args, **kwargs)
@@ -299,7 +318,9 @@ class PatchedBlock(Patched):
                     "Token merging needs the blocks to follow one another, with no tokens added or taken away between "
                     "them."
                 )
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling() and (x.requires_grad or plan.with_gradients()):
+            if block == span.start:
+                plan.begun[block] = (state.grid_size, state.reads_grid, keep_grid)
             x._token_merge_pass = (plan.key, state.arguments(), keep_grid)  # type: ignore[attr-defined]
         if keep_grid:
             x = state.take_tokens(x)
@@ -331,9 +352,11 @@ class PatchedBlock(Patched):
             _, before, keep_grid = carried
             plan.install(Pass(*before))
             return keep_grid
-        if block == plan.spans[block].start:
-            plan.begin(x.shape[1], self.num_prefix_tokens())
-            return False
+        if block in plan.begun:  # a run of blocks that begins in front of the first stage is recomputed
+            grid_size, reads_grid, keep_grid = plan.begun[block]
+            prefix = self.num_prefix_tokens()
+            plan.install(Pass(x.shape[1] - prefix, prefix, grid_size, reads_grid=reads_grid))
+            return keep_grid
         state = plan.current()
         if state is None or state.block != block - 1:
             raise PatchStateError(
@@ -393,6 +416,10 @@ class PatchedBlock(Patched):
             return self._run(state, x, *args, **kwargs), state.merged, state.offset
         finally:
             plan.install(outer)
+
+
+class PatchedGridModel(Patched):
+    """Mixin for a model whose blocks each restore the grid: it checks that they are the blocks that were planned."""
 
 
 class PatchedGridBlock(Patched):
@@ -621,7 +648,8 @@ class Adapter:
         restores: where the full grid is restored, likewise.
         known_blocks, known_attention: {class: mixin} of blocks and attention layers, whose forward is known by them.
         in_rows: image tokens are in the order of the grid's rows, so that their neighbours are known.
-        model_mixin: mixin for the model itself; None where each block restores the grid itself.
+        on_entry: each block merges tokens on entry, and restores the grid itself.
+        model_mixin: mixin for the model itself.
     """
 
     family: ClassVar[str]
@@ -632,7 +660,8 @@ class Adapter:
     in_rows: ClassVar[bool] = True
     known_blocks: ClassVar[Known] = {}
     known_attention: ClassVar[Known] = {}
-    model_mixin: ClassVar[type[Patched] | None] = PatchedModel
+    on_entry: ClassVar[bool] = False
+    model_mixin: ClassVar[type[Patched]] = PatchedModel
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
@@ -690,7 +719,8 @@ class GridAdapter(Adapter):
 
     reduces = "tokens of each window, in attention and MLP"
     restores = "behind each block"
-    model_mixin = None
+    on_entry = True
+    model_mixin: ClassVar[type[Patched]] = PatchedGridModel
 
     def default_stages(self, model: Any) -> tuple[int, ...]:
         return tuple(range(len(self.blocks(model))))

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import timm.models.cait as cait
+import torch.nn.functional as F
 from torch import Tensor
 
 from token_merge_plugin.adapters.base import Adapter, PatchedAttention, PatchedBlock, register_adapter
@@ -36,7 +37,7 @@ class MergingTalkingHeadAttn(PatchedAttention):
             weight = mix_heads(self.proj_w, logits.softmax(dim=-1))
         else:
             logits = logits + log_size[:, None, None, :].to(logits.dtype)
-            size = state.merged.size[:, None, None, :].to(logits.dtype)
+            size = F.pad(state.merged.size, (state.num_prefix_tokens, 0), value=1)[:, None, None, :].to(logits.dtype)
             weight = mix_heads(self.proj_w, logits.softmax(dim=-1) / size) * size
         out = self.attn_drop(weight) @ value
         return self.proj_drop(self.proj(out.transpose(1, 2).flatten(2)))

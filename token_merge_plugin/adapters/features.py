@@ -19,6 +19,7 @@ class FeatureNetAdapter(GridAdapter):
     """timm's `FeatureDictNet` and `FeatureListNet`, of the blocks of any family whose blocks restore the grid."""
 
     family = "features of these"
+    model_mixin = Patched  # to find its blocks, all of its modules are gone through: too long for each pass
 
     def serves(self, model: Any) -> bool:
         return bool(self.blocks(model))
@@ -39,7 +40,7 @@ class FeatureHookAdapter(FeatureNetAdapter):
     def serves(self, model: Any) -> bool:
         body = dict(model.items()).get("body", model)
         adapter = find_adapter(body)
-        if adapter is not None and adapter.model_mixin is not None:
+        if adapter is not None and not adapter.on_entry:
             read = [body.get_submodule(info["module"]) for info in model.feature_info.get_dicts()]
             if any(module in read for module in adapter.blocks(body)):
                 raise UnsupportedModelError(

@@ -30,7 +30,9 @@ class MergingGlobalAttention(PatchedAttention):
         key, value = projected[-2], projected[-1]
         if self.use_global and q_global is not None:
             query = q_global.flatten(1, 2).repeat_interleave(x.shape[0] // q_global.shape[0], dim=0)  # [W, T, C]
-            query = take(query, self._token_merge.plan.current().merged.representative)
+            state = self._token_merge.plan.current()
+            state.check_positions(query.shape[1])
+            query = take(query, state.merged.representative)
             query = query.unflatten(2, (self.num_heads, self.head_dim)).transpose(1, 2)
         else:
             query = projected[0]

@@ -16,6 +16,7 @@ from token_merge_plugin.adapters.base import (
     PatchedModel,
     PatchedSelfAttention,
     register_adapter,
+    unwrapped,
 )
 from token_merge_plugin.adapters.vit import MergingPreNormBlock
 from token_merge_plugin.errors import UnsupportedModelError
@@ -76,7 +77,7 @@ class VoloAdapter(Adapter):
         # timm adds the position embedding, whose grid is known, in front of the third module.
         start = sum(len(blocks) for blocks in _runs(model.network[:2]))
         runs = takewhile(lambda module: isinstance(module, nn.Sequential), model.network[2:])
-        behind = takewhile(lambda block: isinstance(block, volo.Transformer), chain.from_iterable(runs))
+        behind = takewhile(lambda block: isinstance(unwrapped(block), volo.Transformer), chain.from_iterable(runs))
         count = len(list(behind))
         if not count:
             raise UnsupportedModelError(

@@ -44,7 +44,7 @@ def add(commands: Any) -> None:
     add_contender_options(parser)
     add_model_options(parser)
     add_device_options(parser, batch_size=False)
-    parser.add_argument("--batch-sizes", type=positive, nargs="+", default=[8], metavar="N")
+    parser.add_argument("--batch-sizes", type=positive, nargs="+", default=[8], metavar="N", help="default: 8")
     parser.add_argument("--rounds", type=positive, default=20, help="of each setting (default: 20)")
     parser.add_argument("--compile", action="store_true", help="time compiled models")
     group = parser.add_argument_group("results")

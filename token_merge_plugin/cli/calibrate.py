@@ -20,6 +20,7 @@ from token_merge_plugin.cli.options import (
     given_options,
     load,
     open_images,
+    share,
     shows_progress,
     unfinished_log,
 )
@@ -43,7 +44,9 @@ def add(commands: Any) -> None:
         "  token-merge calibrate --model deit_small_patch16_224.fb_in1k --data photos --budget latency --target 0.7",
     )
     group = parser.add_argument_group("what is looked for")
-    group.add_argument("--target", type=float, default=0.67, metavar="SHARE", help="of the work (default: 0.67)")
+    group.add_argument(
+        "--target", type=share, default=0.67, metavar="SHARE", help="of the work that is left (default: 0.67)"
+    )
     group.add_argument("--budget", choices=WORK, default="compute", help="what work is: multiply-adds, or time")
     group.add_argument(
         "--output", type=Path, default=Path("token-merge.json"), metavar="FILE", help="default: token-merge.json"

@@ -46,7 +46,7 @@ def add(commands: Any) -> None:
     add_model_options(parser)
     add_data_options(parser)
     add_device_options(parser)
-    parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="all of the result, for token-merge report")
 
 
 def _evaluate(args: argparse.Namespace) -> int:

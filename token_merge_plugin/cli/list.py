@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from token_merge_plugin.cli.options import add_command, shows_progress
+from token_merge_plugin.cli.options import add_command, share, shows_progress
 from token_merge_plugin.config import METHODS, MergeConfig
 from token_merge_plugin.errors import ConfigError
 from token_merge_plugin.patching import apply, models_by_adapter
@@ -33,7 +33,7 @@ def add(commands: Any) -> None:
         "share of the multiply-adds that is left.",
         "  token-merge list --keep-rate 0.5",
     )
-    parser.add_argument("--keep-rate", type=float, default=0.7, metavar="RATE")
+    parser.add_argument("--keep-rate", type=share, default=0.7, metavar="RATE", help="of every stage (default: 0.7)")
     parser.add_argument("--all", action="store_true", help="count for every model, not a typical one of each (minutes)")
     parser.add_argument("--names", action="store_true", help="print timm's names of the models, and nothing else")
 

@@ -75,7 +75,12 @@ def add_device_options(parser: Any, batch_size: bool = True) -> None:
     group = parser.add_argument_group("running")
     if batch_size:
         group.add_argument("--batch-size", type=positive, metavar="N", help="default: 50, with CUDA 256")
-    group.add_argument("--device", type=_device, default="cuda" if torch.cuda.is_available() else "cpu")
+    group.add_argument(
+        "--device",
+        type=_device,
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="cpu, cuda or cuda:1 (default: cuda, if there is one)",
+    )
     group.add_argument("--amp", choices=[name for name in DTYPES if name != "float32"], help="autocast to this dtype")
     group.add_argument("--seed", type=int, default=0, help="of random weights and of --num-images (default: 0)")
 
@@ -124,6 +129,16 @@ def _rates(text: str) -> float | tuple[float, ...]:
             f"{text!r} is no keep rate such as 0.7, nor one a stage: 0.9,0.7,0.5"
         ) from None
     return rates[0] if len(rates) == 1 else rates
+
+
+def share(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number between 0 and 1, such as 0.67")
+    return value
 
 
 def _blocks(text: str) -> list[int]:

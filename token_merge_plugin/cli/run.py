@@ -21,8 +21,8 @@ def add(commands: Any) -> None:
     add_config_options(parser)
     parser.add_argument("-m", dest="module", action="store_true", help="SCRIPT is the name of a module")
     parser.add_argument("--strict", action="store_true", help="exit with 1 if no model was patched")
-    parser.add_argument("script", metavar="SCRIPT")
-    parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...")
+    parser.add_argument("script", metavar="SCRIPT", help="a Python file, or with -m a module")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...", help="the script's own")
 
 
 def _run(args: argparse.Namespace) -> int:

@@ -37,7 +37,7 @@ def add(commands: Any) -> None:
         "colour of their token, dropped ones are dark. Above: the prediction before and after.",
         "  token-merge show photo.jpg --model deit_small_patch16_224.fb_in1k --keep-rate 0.5 --output photo-tokens.png",
     )
-    parser.add_argument("image", type=Path, metavar="IMAGE")
+    parser.add_argument("image", type=Path, metavar="IMAGE", help="a file")
     parser.add_argument("--output", type=Path, default=Path("tokens.png"), metavar="FILE", help="default: tokens.png")
     add_config_options(parser)
     add_model_options(parser)

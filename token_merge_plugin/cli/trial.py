@@ -61,8 +61,8 @@ def add(commands: Any) -> None:
     group = parser.add_argument_group("results")
     group.add_argument("--html", type=Path, metavar="FILE", help="the report, one file")
     group.add_argument("--png", type=Path, metavar="FILE", help="the chart of accuracy against speed")
-    group.add_argument("--json", type=Path, metavar="FILE")
-    group.add_argument("--csv", type=Path, metavar="FILE")
+    group.add_argument("--json", type=Path, metavar="FILE", help="all of the result, for token-merge report")
+    group.add_argument("--csv", type=Path, metavar="FILE", help="the table, a line for each row")
     group.add_argument(
         "--log",
         type=Path,

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from token_merge_plugin.config import DROPPING, Amount, MergeConfig
+from token_merge_plugin.errors import PatchStateError
 from token_merge_plugin.method.attention import additive_mask, causal_mask
 from token_merge_plugin.method.merging import restore
 from token_merge_plugin.method.patches import (
@@ -105,6 +106,7 @@ class Pass:
         """Return a position embedding of the patches as the image tokens have it now; see `patches`."""
         if self.merged is None or embedding is None:
             return embedding
+        self.check_positions(embedding.shape[-2])
         return embedding_of_tokens(embedding, self.merged)
 
     def position_bias(self, bias: Tensor | None) -> Tensor | None:
@@ -112,7 +114,21 @@ class Pass:
         if bias is None:
             return None
         bias = bias.unsqueeze(0) if bias.dim() == 3 else bias
+        if self.merged is not None:
+            self.check_positions(bias.shape[-1] - self.num_prefix_tokens)
         return bias if self.merged is None else position_bias_of_tokens(bias, self.num_prefix_tokens, self.merged)
+
+    def check_positions(self, count: int) -> None:
+        """Refuse what belongs to another number of patches, of which tokens would take what is not theirs.
+
+        Raises:
+            PatchStateError: the image is of another size than the model.
+        """
+        if not torch.compiler.is_compiling() and not torch.jit.is_tracing() and count != self.num_patches:
+            raise PatchStateError(
+                f"The model has positions for {count} patches, and was given {self.num_patches}: the image is of "
+                "another size than the model, which does not take it unpatched either."
+            )
 
     def take_tokens(self, x: Tensor) -> Tensor:
         """Undo `Plan.restore`: take one patch of each token, [B, P + N, C] -> [B, P + K, C]."""
@@ -170,7 +186,7 @@ def record(block: int, state: Pass) -> None:
 
 @dataclass(eq=False)
 class Plan:
-    """What is done to one model: made by `apply`, shared by its patched modules, never changed by a forward pass.
+    """What is done to one model: made by `apply`, shared by its patched modules.
 
     Attributes:
         config: the options given.
@@ -180,6 +196,9 @@ class Plan:
         num_class_tokens: of these, the first ones, whose attention says what matters.
         grid_size: (height, width) of the patch grid, or None where it depends on the image.
         checkpointing: recompute each block in the backward pass.
+        begun: {first block of a section's stages: (grid size, whether the grid is read, whether every block gives the
+            full grid back)} of the last pass whose gradients may be asked for. The only thing that a pass changes: for
+            whoever recomputes it from the tokens alone.
     """
 
     config: MergeConfig
@@ -189,6 +208,7 @@ class Plan:
     num_class_tokens: int
     grid_size: tuple[int, int] | None
     checkpointing: bool = False
+    begun: dict[int, tuple[tuple[int, int] | None, bool, bool]] = field(default_factory=dict)
     key: int = field(default_factory=lambda: next(_keys))
 
     def __post_init__(self) -> None:
@@ -248,15 +268,18 @@ class Plan:
         """Return the model's method that is under way in this thread."""
         return _local.edges.get(self.key)
 
+    def with_gradients(self) -> bool:
+        """Return whether gradients may be asked for, also of blocks that are run without them the first time."""
+        edge = self.edge()
+        return torch.is_grad_enabled() or (edge is not None and edge.with_gradients)
+
     def begin(self, num_tokens: int, num_prefix_tokens: int) -> Pass:
         """Make a new pass the current one."""
         edge = self.edge()
         grid_size = edge.grid_size if edge is not None and edge.grid_size is not None else self.grid_size
         # Sections read the grid in between.
         read = edge is None or edge.reads_grid or len(self.sections) > 1 or self.keeps_grid()
-        # Reentrant checkpointing runs blocks again, without gradients the first time, and it is not known for whom.
-        again = edge is not None and edge.with_gradients and not torch.is_grad_enabled()
-        read = read or again or _local.trace is not None
+        read = read or _local.trace is not None
         state = Pass(num_tokens - num_prefix_tokens, num_prefix_tokens, grid_size, reads_grid=read)
         self.install(state)
         return state

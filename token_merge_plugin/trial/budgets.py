@@ -13,7 +13,7 @@ from token_merge_plugin.patching import apply, remove
 from token_merge_plugin.trial.counting import count_macs
 from token_merge_plugin.trial.journal import Journal
 from token_merge_plugin.trial.measuring import time_in_turns
-from token_merge_plugin.trial.schedules import Shape
+from token_merge_plugin.trial.schedules import STRONGEST, Shape
 
 WORK = {"compute": "multiply-adds", "latency": "time"}
 
@@ -85,7 +85,7 @@ class Budget:
         """Return the schedule of a shape that leaves that share of the multiply-adds; None if none does."""
         low, high = (0.0, 1.0), (1.0, self.compute_left(base, shape(1.0)))
         while high[1] > share:
-            if high[0] > 1000:
+            if high[0] > STRONGEST:
                 return None
             low, high = high, (2 * high[0], self.compute_left(base, shape(2 * high[0])))
         strength, best, seen = high[0], (math.inf, high[0]), [low[1]]

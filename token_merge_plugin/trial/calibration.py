@@ -26,7 +26,7 @@ from token_merge_plugin.trial.distances import Unpatched, paired_difference
 from token_merge_plugin.trial.images import AnyImages, collect_images
 from token_merge_plugin.trial.journal import Journal
 from token_merge_plugin.trial.measuring import check_images, device_of, evaluating
-from token_merge_plugin.trial.schedules import PROBES, Shape, by_number, cheapest, moved, powers, regular
+from token_merge_plugin.trial.schedules import PROBES, STRONGEST, Shape, by_number, cheapest, moved, powers, regular
 
 # Standard errors that make a 95 % confidence interval.
 SURE = 1.96
@@ -149,6 +149,9 @@ def calibrate(
             alternatives = [alternative for alternative in ALTERNATIVES if alternative[0] not in options]
             with Journal(log, about) as journal:
                 work = Budget(model, first, budget, target, journal)
+                _check_target(
+                    work, base, [[block for section in choices.sections for block in section], choices.equal_rates]
+                )
                 search = _Search(Unpatched(model, batches, head), work, choices, journal)
                 found = search.run(base, alternatives, moves, seed, progress)
         finally:
@@ -169,6 +172,20 @@ def _check_request(target: object, budget: object, **numbers: object) -> None:
             continue
         if not isinstance(number, Integral) or isinstance(number, bool) or number < least:
             raise ConfigError(f"{name}={number!r} is not a whole number of at least {least}.")
+
+
+def _check_target(work: Budget, base: MergeConfig, stages: Sequence[Sequence[int]]) -> None:
+    """Refuse at once a target that is out of reach: stages that merge nearly everything leave more.
+
+    Raises:
+        ConfigError: as said.
+    """
+    least = min(work.compute_left(base, powers(dict.fromkeys(blocks, 0.5), STRONGEST)) for blocks in stages)
+    if work.target < least:
+        raise ConfigError(
+            f"No schedule leaves {work.target:g} of this model's multiply-adds: the least is {least:.3f}. Choose a "
+            "larger target."
+        )
 
 
 class _Measured(NamedTuple):

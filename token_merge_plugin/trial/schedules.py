@@ -17,6 +17,7 @@ from token_merge_plugin.config import rates_of_numbers
 # Each block is tried alone at these, and a path goes through these and what lies between them.
 PROBES = (0.8, 0.6, 0.4)
 LEVELS = tuple(level / 40 for level in range(40, 7, -1))  # 1 down to 0.2
+STRONGEST = 1000.0  # of a shape: beyond that nothing more is merged
 STEP = 0.15  # of the logarithm of a keep rate, by which a move changes it
 
 # Returns a schedule that merges the more, the larger the number is that it is given; at 0 next to nothing.
