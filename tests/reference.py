@@ -225,11 +225,10 @@ def attention(seen, queries, norms=False):
     """Return the attention that image tokens receive from tokens of the whole sequence, mean over heads and queries."""
     received = []
     for i in range(seen["prefix"], len(seen["output"])):
-        terms = [
-            weight[query, i] * (np.linalg.norm(value[i]) if norms else 1.0)
-            for weight, value in zip(seen["weights"], seen["value"], strict=True)
-            for query in queries
-        ]
+        terms = []
+        for weight, value in zip(seen["weights"], seen["value"], strict=True):
+            factor = np.linalg.norm(value[i]) if norms else 1.0
+            terms += [float(weight[query, i]) * float(factor) for query in queries]
         received.append(sum(terms) / len(terms))
     return received
 

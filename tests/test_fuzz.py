@@ -87,6 +87,8 @@ class Case:
     """A model that is patched, changed and called in a random order, and what it should be by now.
 
     Attributes:
+        options: by which the model is patched now, or None.
+        known: what the reference makes of the images, once it was asked since the options changed.
         calls: what was done, for the message of a failure.
         close: comparisons that failed where a decision was too close to call.
     """
@@ -97,7 +99,7 @@ class Case:
         self.model, self.tokens = random_vit(self.rng)
         self.twin = copy.deepcopy(self.model)
         self.images = torch.randn(self.rng.randint(1, 2), 3, *(2 * side for side in self.tokens[2])).double()
-        self.options = None
+        self.options = self.known = None
         self.calls = [f"seed {seed}", f"prefix tokens, class tokens, grid: {self.tokens}"]
         self.close = 0
 
@@ -117,13 +119,13 @@ class Case:
     # What changes the model.
 
     def apply(self):
-        self.options = random_options(self.rng, len(self.model.blocks), self.tokens[1])
+        self.known, self.options = None, random_options(self.rng, len(self.model.blocks), self.tokens[1])
         self.calls.append(f"apply {self.options}")
         assert apply(self.model, **self.options) is self.model
 
     def remove(self):
         self.calls.append("remove")
-        self.options = None
+        self.options = self.known = None
         remove(self.model)
         assert list(self.model.state_dict()) == list(self.twin.state_dict())
         assert [type(module) for module in self.model.modules()] == [type(module) for module in self.twin.modules()]
@@ -153,11 +155,13 @@ class Case:
 
     def expected(self):
         """Return the normalised tokens [B, P + N, C], and those behind each block."""
-        passes = [reference.run(self.twin, image, self.options, *self.tokens) for image in self.images]
-        self.least = min(least for _, least in passes)
-        behind = [torch.from_numpy(np.stack(of_block)) for of_block in zip(*(b for b, _ in passes), strict=True)]
-        with torch.no_grad():
-            return self.twin.norm(behind[-1]), behind
+        if self.known is None:
+            passes = [reference.run(self.twin, image, self.options, *self.tokens) for image in self.images]
+            self.least = min(least for _, least in passes)
+            behind = [torch.from_numpy(np.stack(of_block)) for of_block in zip(*(b for b, _ in passes), strict=True)]
+            with torch.no_grad():
+                self.known = self.twin.norm(behind[-1]), behind
+        return self.known
 
     def compare(self, found, expected):
         self.calls[-1] += f" (closest decision {self.least:.1e})"
@@ -216,7 +220,7 @@ def test_a_random_model_is_what_the_reference_says(seed):
 @pytest.mark.sweep
 def test_many_random_models_are_what_the_reference_says(record_property):
     begin, failed, close = time.perf_counter(), [], 0
-    seeds = range(1000, 2500)
+    seeds = range(1000, 2000)
     for seed in seeds:
         case = Case(seed)
         try:
