@@ -96,7 +96,7 @@ def test_a_killed_run_goes_on_to_what_one_process_gives(cluster, photographs, ch
     os.mkfifo(stuck)  # whoever reads it waits
     with open(tmp_path / "log", "w") as log, subprocess.Popen(command, stdout=log, stderr=log) as killed:
         try:
-            deadline = time.monotonic() + 300
+            deadline = time.monotonic() + 800
             while not list(output.glob("part-*.parquet")):
                 assert killed.poll() is None, (tmp_path / "log").read_text()
                 assert time.monotonic() < deadline, (tmp_path / "log").read_text()
