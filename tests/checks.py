@@ -119,3 +119,37 @@ def run_program(*command, **variables):
     return subprocess.run(
         [str(part) for part in command], env=os.environ | variables, capture_output=True, text=True, check=False
     )
+
+
+def contents(model):
+    """Everything that `apply` might change, in its order."""
+    return [(type(module), list(vars(module).items()), list(module._modules.items())) for module in model.modules()]
+
+
+def interrupted(call, at, inside, error=KeyboardInterrupt):
+    """Call, and raise an error at the `at`-th line that is run of the code that `inside` tells.
+
+    Returns:
+        the number of such lines that were run: less than `at`, or `at` itself, where the error was raised.
+    """
+    lines = 0
+
+    def trace(frame, event, arg):
+        nonlocal lines
+        if not inside(frame.f_code) or lines == at:
+            return None
+        if event == "line":
+            lines += 1
+            if lines == at:
+                raise error
+        return trace
+
+    outer = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        call()
+    except error:
+        assert lines == at
+    finally:
+        sys.settrace(outer)
+    return lines

@@ -11,3 +11,14 @@ settings.load_profile("tensors")
 # their core are many times slower. The variable is for the programs that tests start.
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Print what tests have counted, as a table: (what, cases, seconds, failures)."""
+    reports = [report for of_kind in terminalreporter.stats.values() for report in of_kind]
+    called = [report for report in reports if getattr(report, "when", None) == "call"]
+    rows = [value for report in called for name, value in report.user_properties if name == "figures"]
+    if rows:
+        print("\n\n| what | cases | seconds | failures |\n|---|---:|---:|---:|")
+    for what, cases, seconds, failures in rows:
+        print(f"| {what} | {cases:,} | {seconds:.0f} | {failures} |")
