@@ -15,7 +15,7 @@ DEFAULTS = {
     "method": "merge",
     "r": None,
     "stages": None,
-    "schedule": "equal_rates",
+    "schedule": None,
     "importance": "auto",
     "similarity": "tokens",
     "multi_scale": "off",
@@ -43,10 +43,10 @@ def schedule(depth, options):
         weights = [(block + 1) ** 2 if method == "late_tome" else 1 for block in range(depth)]
         rates = of_equal_work(dict.fromkeys(quarters, rate), weights, 0.5)
         amounts = {block: max(0.5, share) for block, share in enumerate(rates)}
-    elif options["schedule"] == "equal_numbers":
+    elif options["schedule"] == "equal_numbers" or (options["schedule"], stages, method) == (None, None, "merge"):
         if stages is None:
             stages = {depth * twelfth // 12 for twelfth in (1, 3, 5, 7, 9)} - {depth - 1} or {0}
-        rates = of_equal_work(dict.fromkeys(quarters, rate), [block in stages for block in range(depth)], 0.6)
+        rates = of_equal_work(dict.fromkeys(quarters, rate), [block in stages for block in range(depth)], 0.8)
         amounts = dict(enumerate(rates))
     else:
         amounts = dict.fromkeys(quarters if stages is None else stages, rate)
@@ -294,15 +294,13 @@ def by_cost(tokens, keep, options, seen, close):
     def cheapest(i, others):
         return min((cost[i][j] for j in others if j != i), default=math.inf) * (1 + 1e-6 * i)
 
-    every = range(count)
-    price = {i: cheapest(i, every) for i in every}
-    candidates = close.order(every, price.get, 3 * goes)[: 3 * goes]
-    dearer = {i: [j for j in every if price[j] > price[i]] for i in candidates}
+    every, going = range(count), set()
+    order = sorted(every, key=lambda i: cheapest(i, every))
     for _ in range(3):
-        mine = {i: cheapest(i, dearer[i]) for i in candidates}
-        going = set(close.order(candidates, mine.get, goes)[:goes])
-        dear = {j: mine.get(j, math.inf) for j in every if j not in going}
-        dearer = {i: [j for j in dear if i in going or dear[j] > mine[i]] for i in candidates}
+        place = {i: -1 if i in going else order.index(i) for i in every}
+        price = {i: cheapest(i, [j for j in every if place[j] > place[i]]) for i in every}
+        order = close.order(every, price.get, goes)
+        going = set(order[:goes])
     groups = {i: [i] for i in every if i not in going}
     for i in going:
         nearest = close.order(groups, cost[i].__getitem__, 1)

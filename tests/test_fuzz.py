@@ -77,7 +77,7 @@ def random_options(rng, depth, class_tokens):
         options["similarity"] = rng.choice(("tokens", "tokens", "keys", "values"))
         options["multi_scale"] = rng.choice(("off", "off", "importance", "descriptors", "learned"))
         if shape in ("one", "stages"):
-            options["schedule"] = rng.choice(("equal_rates", "equal_numbers"))
+            options["schedule"] = rng.choice((None, "equal_rates", "equal_numbers"))
     if method in ("merge", "tome", "late_tome", "ppt"):
         options["proportional_attention"] = rng.random() < 0.8
     return options

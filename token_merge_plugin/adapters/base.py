@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from timm.models import checkpoint
 from torch import Tensor, nn
-from torch.fx.proxy import TraceError
+from torch.fx import Proxy
 
 from token_merge_plugin.adapters.registry import find_adapter
 from token_merge_plugin.adapters.registry import register_adapter as register_adapter
@@ -116,13 +116,12 @@ def _named_like(original: Callable, patched: Callable) -> Callable:
 
     @wraps(original)
     def method(self: Any, *args: Any, **kwargs: Any) -> Any:
-        try:
-            return patched(self, *args, **kwargs)
-        except TraceError as error:
+        if any(isinstance(argument, Proxy) for argument in (*args, *kwargs.values())):
             raise PatchStateError(
                 f"torch.fx cannot trace a {type(self).__name__} with token merging, which depends on token counts. "
                 "Use torch.export or torch.jit.trace, or token_merge_plugin.remove the merging first."
-            ) from error
+            )
+        return patched(self, *args, **kwargs)
 
     return method
 

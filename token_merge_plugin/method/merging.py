@@ -76,7 +76,7 @@ def merge_cost(descriptors: Tensor, weight: Tensor) -> Tensor:
 
 def without_diagonal(cost: Tensor) -> Tensor:
     """Return the cost [B, T, T] with a prohibitive diagonal: no token merges with itself."""
-    return cost + PROHIBITIVE * torch.eye(cost.shape[1], device=cost.device)
+    return cost + PROHIBITIVE * torch.eye(cost.shape[1], dtype=torch.float32, device=cost.device)
 
 
 def assign(cost: Tensor, keep_rate: float, real: Tensor | None = None) -> Assignment:
@@ -117,8 +117,11 @@ def assign(cost: Tensor, keep_rate: float, real: Tensor | None = None) -> Assign
 
 def _order(cost: Tensor, real: Tensor | None) -> Tensor:
     """Return the indices of the tokens by what their cheapest merges cost, padding last: [B, T, T] -> [B, T]."""
+    # OpenVINO 2026.4 joins a reduction and the product with a constant behind it, wrongly from two images on. It does
+    # not where the dimension is kept at first.
+    cheapest = cost.amin(dim=2, keepdim=True).squeeze(2)
     # Two tokens that are nearest to each other cost the same, but for rounding: the first of them is to be cheaper.
-    cheapest = cost.amin(dim=2) * (1 + 1e-6 * torch.arange(cost.shape[1], device=cost.device))
+    cheapest = cheapest * (1 + 1e-6 * torch.arange(cost.shape[1], dtype=torch.float32, device=cost.device))
     if real is not None:
         cheapest = cheapest.masked_fill(~real, math.inf)
     return cheapest.argsort(dim=1)
