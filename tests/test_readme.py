@@ -19,6 +19,7 @@ import token_merge_plugin
 from token_merge_plugin import pipelines, trial
 from token_merge_plugin.cli import _parser, main
 from token_merge_plugin.config import MergeOptions
+from token_merge_plugin.trial import calibration, schedules
 from token_merge_plugin.trial.results import from_json
 
 TEXT = README.read_text()
@@ -55,7 +56,10 @@ def test_every_block_of_python_runs(monkeypatch, tmp_path):
     monkeypatch.setattr(
         timm, "create_model", lambda name, pretrained=False, **kwargs: create_model(name, **SMALL | kwargs)
     )
+    # Fewer schedules are tried, which takes most of the time.
     monkeypatch.setattr(trial, "calibrate", partial(trial.calibrate, moves=0))
+    monkeypatch.setattr(calibration, "regular", lambda *args: schedules.regular(*args)[:1])
+    monkeypatch.setattr(calibration, "by_number", lambda sections: [])
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     names = {name: getattr(token_merge_plugin, name) for name in token_merge_plugin.__all__}

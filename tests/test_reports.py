@@ -216,7 +216,7 @@ def test_scripting_is_refused_with_what_works_instead(kind):
 
 def test_symbolic_tracing_is_refused_with_what_works_instead():
     """A feature extractor is made by torch.fx."""
-    for kind, name in (("ViT", "VisionTransformer"), ("Swin", "SwinTransformerBlock"), ("XCiT", "XCABlock")):
+    for kind, name in (("ViT", "VisionTransformer"), ("Swin", "SwinTransformer"), ("XCiT", "Xcit")):
         with pytest.raises(PatchStateError, match=rf"torch.fx cannot trace a {name}.* Use torch.export"):
             torch.fx.symbolic_trace(apply(make(kind), 0.6))
 

@@ -351,8 +351,8 @@ class PatchedBlock(Patched):
             _, before, keep_grid = carried
             plan.install(Pass(*before))
             return keep_grid
-        if block in plan.begun:  # a run of blocks that begins in front of the first stage is recomputed
-            grid_size, reads_grid, keep_grid = plan.begun[block]
+        if block == plan.spans[block].start:  # what is recomputed begins in front of it
+            grid_size, reads_grid, keep_grid = plan.begun.get(block, (plan.grid_size, True, False))
             prefix = self.num_prefix_tokens()
             plan.install(Pass(x.shape[1] - prefix, prefix, grid_size, reads_grid=reads_grid))
             return keep_grid

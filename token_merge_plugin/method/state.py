@@ -225,8 +225,8 @@ class Plan:
         self.__post_init__()
 
     def __setstate__(self, state: dict) -> None:
-        # A copy is another model: its passes must not be taken for the original's.
-        self.__dict__.update(state, key=next(_keys))
+        # A copy is another model: its passes must not be taken for the original's. A pickle may be of a former version.
+        self.__dict__.update({"begun": {}} | state, key=next(_keys))
 
     def open_edge(self, keep_grid: bool, reads_grid: bool) -> tuple[Edge | None, Pass | None]:
         """Note that a method of the model is under way; return what `close_edge` puts back.
