@@ -104,7 +104,7 @@ def assign(cost: Tensor, keep_rate: float, real: Tensor | None = None) -> Assign
     if real is not None and quota is not None:
         cost = cost.masked_fill(real[:, :, None] != real[:, None, :], math.inf)
         goes = real.sum(dim=1, keepdim=True) - quota
-    price = (cost.amin(dim=2) + SMALLEST) * tie
+    price = (_cheapest(cost) + SMALLEST) * tie
     if real is not None:
         price = price.masked_fill(~real, math.inf)
     # Only the cheapest tokens can be dispensable: of an image with padding fewer than places.
@@ -115,7 +115,7 @@ def assign(cost: Tensor, keep_rate: float, real: Tensor | None = None) -> Assign
     seen, least = price, mine
     for _ in range(ROUNDS):
         hidden = seen[:, None, :] <= least[:, :, None]
-        mine = (rows.masked_fill(hidden, math.inf).amin(dim=2) + SMALLEST) * tie
+        mine = (_cheapest(rows.masked_fill(hidden, math.inf)) + SMALLEST) * tie
         mine = mine.masked_fill(too_dear, math.inf)
         going = _rank(-mine) < goes
         stays = torch.ones_like(price, dtype=torch.bool).scatter(1, candidates, ~going)
@@ -126,6 +126,13 @@ def assign(cost: Tensor, keep_rate: float, real: Tensor | None = None) -> Assign
         price = _with_padding(price.masked_fill(~real, -1), quota, real)
     stay, rest = split(price, keep)
     return Assignment(stay, rest, match(cost, stay, rest))
+
+
+def _cheapest(cost: Tensor) -> Tensor:
+    """Return the least cost of each row: [B, M, T] -> [B, M]."""
+    # OpenVINO 2026.4 joins a reduction and the product with a constant behind it, wrongly from two images on. It does
+    # not where the dimension is kept at first.
+    return cost.amin(dim=2, keepdim=True).squeeze(2)
 
 
 def bipartite(descriptors: Tensor, keep: int, num_prefix_tokens: int) -> Assignment:
