@@ -6,7 +6,7 @@ import onnx
 import pytest
 import torch
 from checks import tensors
-from families import fingerprint, images, make
+from families import FAMILIES, fingerprint, images, make
 from onnx import TensorProto, helper
 from torch import nn
 
@@ -206,20 +206,29 @@ def test_a_larger_difference_is_allowed_on_request(tmp_path, monkeypatch):
 
 
 class Failing(Kept):
-    """An exporter that cannot deal with patched models, or with none."""
+    """A runtime that cannot deal with patched models, or with none, at a step or at a batch size."""
 
-    def __init__(self, any_model):
-        self.any_model = any_model
+    def __init__(self, any_model, step):
+        self.any_model, self.step = any_model, step
 
-    def save(self, program, path):
-        if self.any_model or is_patched(program):
+    def fail(self, model, step):
+        if step == self.step and (self.any_model or is_patched(model)):
             try:
                 raise RuntimeError("no rule for aten.topk:\nmore lines")
             except RuntimeError as error:
                 raise ValueError("a long story") from error
+
+    def save(self, program, path):
+        self.fail(program, "save")
         super().save(program, path)
 
+    def load(self, path):
+        model, run = torch.load(path, weights_only=False), super().load(path)
+        self.fail(model, "load")
+        return lambda x: self.fail(model, len(x)) or run(x)
 
+
+@pytest.mark.parametrize("step", ["save", "load", 1, 8])
 @pytest.mark.parametrize(
     ("any_model", "message"),
     [
@@ -230,11 +239,23 @@ class Failing(Kept):
         ),
     ],
 )
-def test_a_model_that_does_not_export_is_refused_by_name(any_model, message, tmp_path, monkeypatch):
-    monkeypatch.setitem(RUNTIMES, "torch", Failing(any_model))
+def test_a_model_that_does_not_export_is_refused_by_name(any_model, message, step, tmp_path, monkeypatch):
+    monkeypatch.setitem(RUNTIMES, "torch", Failing(any_model, step))
     with pytest.raises(ExportError, match=message):
-        export(small(), tmp_path / "model.pt2", "torch", images=images("ViT"))
+        export(small(), tmp_path / "model.pt2", "torch", images=images("ViT"), dynamic_batch=True)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_model_that_exports_with_the_patch_alone_is_exported_without_a_speed_up(tmp_path, monkeypatch):
+    class PatchedAlone(Kept):
+        def save(self, program, path):
+            if not is_patched(program):
+                raise RuntimeError("no rule")
+            super().save(program, path)
+
+    monkeypatch.setitem(RUNTIMES, "torch", PatchedAlone())
+    assert export(small(), tmp_path / "model.pt2", "torch", images=images("ViT"), rounds=1).speed_ups == {}
+    assert (tmp_path / "model.pt2").exists()
 
 
 def test_bad_input_is_refused_before_the_work_begins(tmp_path, monkeypatch):
@@ -307,3 +328,14 @@ def test_openvino_decides_for_every_image_of_a_batch_as_for_one(tmp_path):
     OpenVino().save(program, tmp_path / "assign.xml")
     (output,) = OpenVino().load(tmp_path / "assign.xml")(cost)
     assert output.sort().values.equal(assign(cost, 0.5).rest.sort().values)
+
+
+# A minute a model, for which the whole suite has no time.
+@pytest.mark.sweep
+@pytest.mark.parametrize("to", ["onnx", "openvino"])
+@pytest.mark.parametrize("kind", [next(iter(table)) for table in FAMILIES.values()])
+def test_every_family_is_exported_with_a_batch_of_any_size(kind, to, tmp_path):
+    file = tmp_path / f"model{SUFFIXES[to]}"
+    result = export(make(kind), file, to, 0.6, images=images(kind, batch=8), dynamic_batch=True, rounds=0)
+    assert max(result.differences.values()) < 1e-3
+    assert result.contents.scatters == ()

@@ -131,15 +131,14 @@ def export(
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as folder:
         made = Path(folder) / path.name
         other = Path(folder) / f"unpatched{path.suffix}"
-        contents = _exported(patched, unpatched, x, (made, other), runtime, dynamic_batch)
-        run = runtime.load(made)
+        contents, run = _exported(patched, unpatched, x, (made, other), runtime, dynamic_batch)
         differences, agreement = _compared(run, patched, x, sizes)
         _check(differences, tolerance, patched, runtime)
         speeds = {}
         if rounds:
             with suppress(ExportError):  # some models export with the patch alone
-                _write(unpatched, x, other, runtime, dynamic_batch)
-                runs = (runtime.load(other), run)
+                _, unpatched_run = _write(unpatched, x, other, runtime, dynamic_batch)
+                runs = (unpatched_run, run)
                 speeds = {size: _speed_up(runs, x[:size], rounds) for size in sizes if size != 2}
         written = [part for part in runtime.files(made) if part.exists()]
         size = sum(part.stat().st_size for part in written)
@@ -205,7 +204,7 @@ def _exported(
     paths: tuple[Path, Path],
     runtime: Runtime,
     dynamic_batch: bool,
-) -> Contents:
+) -> tuple[Contents, Run]:
     """Write the patched model to the first path; where that fails, say whether the unpatched one fails as well."""
     try:
         return _write(patched, images, paths[0], runtime, dynamic_batch)
@@ -217,17 +216,20 @@ def _exported(
         raise ExportError(f"{error} Unpatched it does. Please report this.") from error
 
 
-def _write(model: nn.Module, images: Tensor, path: Path, runtime: Runtime, dynamic_batch: bool) -> Contents:
-    """Write a model to a file, and return what is in it.
+def _write(model: nn.Module, images: Tensor, path: Path, runtime: Runtime, dynamic_batch: bool) -> tuple[Contents, Run]:
+    """Write a model to a file, and return what is in it, and what runs it.
 
     Raises:
-        ExportError: it cannot be exported.
+        ExportError: it cannot be exported, or its file does not run.
     """
     try:
         program = runtime.program(model, images, dynamic_batch)
         runtime.save(program, path)
-        return runtime.contents(program, path)
-    except Exception as error:  # of the exporters, of the compilers below them
+        contents, run = runtime.contents(program, path), runtime.load(path)
+        for size in BATCH_SIZES if dynamic_batch else (1,):
+            run(images[:size])
+        return contents, run
+    except Exception as error:  # of the exporters, of the compilers below them, of the runtimes
         name = f"{type(model).__name__}, {'patched' if is_patched(model) else 'unpatched'}"
         raise ExportError(f"{name}, does not export to {runtime.name}: {_reason(error)}") from error
 
