@@ -255,8 +255,8 @@ def main(argv: list[str] | None = None) -> None:
                     with torch.no_grad():
                         journal.write(part, row=[name, *cells()])
                     print(*journal.of(part)[-1]["row"], sep=" | ", flush=True)
-        rows = {part: [entry["row"] for entry in journal.of(part)] for part in PARTS}
-    args.output.write_text(page(args, rows), encoding="utf-8")
+                rows = {part: [entry["row"] for entry in journal.of(part)] for part in PARTS}
+                args.output.write_text(page(args, rows), encoding="utf-8")
     print(f"Written: {args.output}")
 
 

@@ -33,9 +33,9 @@ def kept(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
 
 
+@pytest.mark.usefixtures("kept")
 @torch.no_grad()
-def test_the_built_in_model_is_exported_and_compared_on_its_own_images(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
+def test_the_built_in_model_is_exported_and_compared_on_its_own_images(tmp_path, capsys):
     arguments = ["export", "--keep-rate", "0.6", "--to", "torch", "-o", "model.pt2", "--workers", "0"]
     assert main([*arguments, "--num-images", "10", "--rounds", "1"]) == 0
     output, errors = capsys.readouterr()
