@@ -97,4 +97,4 @@ def test_names_that_are_not_there_are_refused():
 
 
 def test_the_trial_offers_what_its_users_need():
-    assert trial.__all__ == ["Tensors", "calibrate", "evaluate", "run_trial", "summary", "verdict"]
+    assert trial.__all__ == ["Tensors", "calibrate", "evaluate", "export", "run_trial", "summary", "verdict"]

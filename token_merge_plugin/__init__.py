@@ -19,6 +19,7 @@ from token_merge_plugin.config import MergeConfig
 from token_merge_plugin.errors import (
     ConfigError,
     DataError,
+    ExportError,
     MissingExtraError,
     PatchStateError,
     TokenMergeError,
@@ -37,7 +38,7 @@ from token_merge_plugin.pipelines import install, patch_timm, uninstall
 
 if TYPE_CHECKING:
     from token_merge_plugin import trial
-    from token_merge_plugin.trial import calibrate, summary
+    from token_merge_plugin.trial import calibrate, export, summary
 
 # Registers LV-ViT with timm, unless another package has: its models are served as well.
 if not timm.is_model("lvvit_s"):
@@ -53,6 +54,7 @@ __all__ = [
     "Adapter",
     "ConfigError",
     "DataError",
+    "ExportError",
     "MergeConfig",
     "MissingExtraError",
     "PatchStateError",
@@ -61,6 +63,7 @@ __all__ = [
     "apply",
     "calibrate",
     "config_of",
+    "export",
     "full_grid",
     "install",
     "is_patched",
@@ -77,7 +80,7 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     """Import the trial only when it is asked for: a model in production needs none of it."""
-    if name not in ("trial", "calibrate", "summary"):
+    if name not in ("trial", "calibrate", "export", "summary"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     trial = importlib.import_module(f"{__name__}.trial")
     return trial if name == "trial" else getattr(trial, name)

@@ -26,6 +26,10 @@ class DataError(TokenMergeError, ValueError):
     """A data file is missing or damaged."""
 
 
+class ExportError(TokenMergeError, RuntimeError):
+    """The model cannot be exported, or the file that was made of it does not do what the model does."""
+
+
 class MissingExtraError(TokenMergeError, ImportError):
     """A package is needed that is not installed by default; the message names the extra that brings it."""
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 
 from token_merge_plugin import __version__
-from token_merge_plugin.cli import bench, calibrate, evaluate, list, report, run, show, trial
+from token_merge_plugin.cli import bench, calibrate, evaluate, export, list, report, run, show, trial
 from token_merge_plugin.cli.options import EXIT_CODES
 from token_merge_plugin.errors import TokenMergeError
 from token_merge_plugin.pipelines import uninstall
@@ -64,6 +64,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for command in (trial, evaluate, report, calibrate, bench, show, list, run):
+    for command in (trial, evaluate, report, calibrate, export, bench, show, list, run):
         command.add(commands)
     return parser

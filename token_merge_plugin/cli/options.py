@@ -39,9 +39,10 @@ def add_command(commands: Any, name: str, run: Any, help: str, description: str,
     return parser
 
 
-def add_model_options(parser: Any) -> None:
+def add_model_options(parser: Any, positional: bool = False) -> None:
     group = parser.add_argument_group("model (default: the built-in one)")
-    group.add_argument("--model", metavar="NAME", help="timm's name, hf-hub:ID or local-dir:FOLDER")
+    name, few = ("model", {"nargs": "?"}) if positional else ("--model", {})
+    group.add_argument(name, **few, metavar="NAME", help="timm's name, hf-hub:ID or local-dir:FOLDER")
     group.add_argument("--checkpoint", type=Path, metavar="FILE", help="weights, instead of the pretrained ones")
     group.add_argument("--use-ema", action="store_true", help="the checkpoint's moving average of the weights")
     group.add_argument("--no-pretrained", action="store_true", help="random weights: for speed alone")
@@ -64,14 +65,14 @@ def add_data_options(parser: Any) -> None:
     group.add_argument("--interpolation", metavar="NAME", help="as timm's validate.py")
     group.add_argument(
         "--workers",
-        type=_not_negative,
+        type=not_negative,
         default=DEFAULT_WORKERS,
         metavar="N",
         help=f"processes that read images (default: {DEFAULT_WORKERS})",
     )
 
 
-def add_device_options(parser: Any, batch_size: bool = True) -> None:
+def add_device_options(parser: Any, batch_size: bool = True, amp: bool = True) -> None:
     group = parser.add_argument_group("running")
     if batch_size:
         group.add_argument("--batch-size", type=positive, metavar="N", help="default: 50, with CUDA 256")
@@ -81,7 +82,10 @@ def add_device_options(parser: Any, batch_size: bool = True) -> None:
         default="cuda" if torch.cuda.is_available() else "cpu",
         help="cpu, cuda or cuda:1 (default: cuda, if there is one)",
     )
-    group.add_argument("--amp", choices=[name for name in DTYPES if name != "float32"], help="autocast to this dtype")
+    if amp:
+        group.add_argument(
+            "--amp", choices=[name for name in DTYPES if name != "float32"], help="autocast to this dtype"
+        )
     group.add_argument("--seed", type=int, default=0, help="of random weights and of --num-images (default: 0)")
 
 
@@ -152,7 +156,7 @@ def positive(text: str) -> int:
     return _whole_number(text, 1)
 
 
-def _not_negative(text: str) -> int:
+def not_negative(text: str) -> int:
     return _whole_number(text, 0)
 
 

@@ -7,7 +7,7 @@ import random
 import time
 import warnings
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -125,21 +125,38 @@ def time_in_turns(
     Raises:
         ConfigError: the model cannot be compiled here.
     """
-    times: list[list[float]] = [[] for _ in configs]
-    ready = [_compiled(model, config, images) for config in configs] if compiled else []
-    if not compiled:
-        for config in configs:  # warm-up
-            plan(model, config)(images)
+    if compiled:
+        ready = [_compiled(model, config, images) for config in configs]
+        return take_turns(ready.__getitem__, len(configs), images, rounds=rounds, seconds=seconds)
+    for config in configs:  # warm-up
+        plan(model, config)(images)
+    return take_turns(lambda index: plan(model, configs[index]), len(configs), images, rounds=rounds, seconds=seconds)
+
+
+def take_turns(
+    prepare: Callable[[int], Callable[[Tensor], Any]], number: int, images: Tensor, *, rounds: int, seconds: float
+) -> list[list[float]]:
+    """Time passes of several contenders, all of them in each round, in random order; see `time_in_turns`.
+
+    Args:
+        prepare: returns what runs the contender of an index; its own time is not counted.
+        number: of contenders.
+        images, rounds, seconds: as for `time_in_turns`.
+
+    Returns:
+        For each contender, the seconds that a pass took in each round.
+    """
+    times: list[list[float]] = [[] for _ in range(number)]
     order = random.Random(0)
     begin = time.perf_counter()
     for done in range(rounds):
         if done >= 3 and time.perf_counter() - begin > seconds:
             break
-        for index in order.sample(range(len(configs)), len(configs)):
-            runner = ready[index] if compiled else plan(model, configs[index])
+        for index in order.sample(range(number), number):
+            run = prepare(index)
             _synchronize(images)
             start = time.perf_counter()
-            runner(images)
+            run(images)
             _synchronize(images)
             times[index].append(time.perf_counter() - start)
     return times

@@ -91,7 +91,7 @@ class Speed:
             )
             for images, seconds in ((self.images, self.seconds), (self.images[:1], self.seconds / 5))
         )
-        ratios, latency_ratios = _ratios(*throughput), _ratios(*latency)
+        ratios, latency_ratios = speed_ups(*throughput), speed_ups(*latency)
         return Timing(
             unpatched_seconds=statistics.median(throughput[0]) / self.batch_size,
             speed_up=statistics.median(ratios),
@@ -147,7 +147,8 @@ def median_interval(values: Sequence[float]) -> tuple[float, float]:
     return ordered[below], ordered[number - 1 - below]
 
 
-def _ratios(unpatched: Sequence[float], patched: Sequence[float]) -> list[float]:
+def speed_ups(unpatched: Sequence[float], patched: Sequence[float]) -> list[float]:
+    """Return how many times as fast each pass was as the unpatched model's in the same round."""
     return [before / after for before, after in zip(unpatched, patched, strict=True)]
 
 

@@ -1,0 +1,85 @@
+"""The script about other runtimes: quantisation before and after `apply`, and the page that it writes."""
+
+import copy
+
+import nncf
+import pytest
+import runtimes
+import torch
+from families import images, make
+from torch import nn
+from torchao.quantization import Int8DynamicActivationInt8WeightConfig, Int8WeightOnlyConfig
+from torchao.utils import TorchAOBaseTensor
+
+from token_merge_plugin import apply, export, remove
+from token_merge_plugin.trial.runtimes import RUNTIMES
+
+
+def small():
+    return make("ViT", depth=2)
+
+
+def relative_error(output, expected):
+    return ((output - expected).abs().max() / expected.abs().max()).item()
+
+
+@pytest.mark.parametrize("config", [Int8WeightOnlyConfig, Int8DynamicActivationInt8WeightConfig])
+@torch.no_grad()
+def test_torchao_quantises_before_apply_as_after_it(config):
+    model, x = small(), images("ViT")
+    expected = apply(copy.deepcopy(model), 0.6)(x)
+    first = apply(runtimes.by_torchao(copy.deepcopy(model), config()), 0.6)
+    then = runtimes.by_torchao(apply(copy.deepcopy(model), 0.6), config())
+    for patched in (first, then):
+        linear = [module for module in patched.blocks.modules() if isinstance(module, nn.Linear)]
+        assert all(isinstance(module.weight, TorchAOBaseTensor) for module in linear)
+        assert 0 < relative_error(patched(x), expected) < 0.1
+    assert torch.equal(first(x), then(x))
+    unpatched = runtimes.by_torchao(copy.deepcopy(model), config())(x)
+    assert torch.equal(remove(first)(x), unpatched)
+    assert torch.equal(remove(then)(x), unpatched)
+
+
+@pytest.fixture(scope="module")
+def onnx_file(tmp_path_factory):
+    file = tmp_path_factory.mktemp("onnx") / "model.onnx"
+    export(small(), file, "onnx", 0.6, images=images("ViT"), dynamic_batch=True, rounds=0)
+    return file
+
+
+@pytest.mark.parametrize(
+    ("quantise", "calibrated", "operator"),
+    [
+        (runtimes.by_onnx_runtime, False, "MatMulInteger"),
+        (runtimes.by_onnx_runtime, True, "DequantizeLinear"),
+        (runtimes.by_openvino, False, "Convert"),
+        (runtimes.by_openvino, True, "FakeQuantize"),
+    ],
+)
+@torch.no_grad()
+def test_exported_files_are_quantised_by_their_runtimes(quantise, calibrated, operator, onnx_file, tmp_path):
+    file, x = tmp_path / "model.onnx", images("ViT", batch=8)
+    file.write_bytes(onnx_file.read_bytes())
+    run = quantise(file, x if calibrated else None)
+    expected = apply(small(), 0.6)(x)
+    assert 0 < relative_error(run(x), expected) < 0.2
+    to, written = ("onnx", ".int8.onnx") if quantise is runtimes.by_onnx_runtime else ("openvino", ".xml")
+    assert operator in RUNTIMES[to].contents(None, file.with_suffix(written)).operators
+
+
+def test_the_page_goes_on_from_the_log(tmp_path, monkeypatch, capsys):
+    done = []
+    monkeypatch.setattr(
+        runtimes,
+        "of_families",
+        lambda names: [(name, lambda name=name: done.append(name) or ["0", "1", "2"]) for name in names],
+    )
+    arguments = ["--parts", "families", "--output", str(tmp_path / "r.md"), "--log", str(tmp_path / "r.jsonl")]
+    runtimes.main([*arguments, "--families", "Swin"])
+    runtimes.main([*arguments, "--families", "Swin", "BEiT"])
+    assert done == ["Swin", "BEiT"]
+    page = (tmp_path / "r.md").read_text()
+    assert "| Swin | 0 | 1 | 2 |\n| BEiT | 0 | 1 | 2 |\n" in page
+    assert "## Quantisation" not in page
+    assert f"nncf {nncf.__version__}" in page
+    assert "BEiT | 0 | 1 | 2" in capsys.readouterr().out
