@@ -4,7 +4,7 @@ The convolutions need the full grid, and cost little. Tokens are merged for the 
 by cell, and once more for the MLP.
 """
 
-from typing import Any
+from typing import Any, ClassVar
 
 import timm.models.davit as davit
 from torch import Tensor, nn
@@ -29,7 +29,7 @@ class MergingChannelAttention(PatchedAttention):
     """timm's `ChannelAttention`, whose products of channels are sums over the tokens."""
 
     parts = ("qkv", "proj")
-    reads = ("num_heads", "scale")
+    reads: ClassVar[tuple[str, ...]] = ("num_heads", "scale")
 
     def merged_forward(self: Any, x: Tensor) -> Tensor:
         query, key, value = self.qkv(x).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)

@@ -55,7 +55,7 @@ class MergingCosineAttention(MergingWindowAttention):
     """timm's `WindowAttention` of Swin V2."""
 
     parts = (*MergingWindowAttention.parts, "cpb_mlp")
-    reads = ("num_heads", "logit_scale", "relative_coords_table", "relative_position_index")
+    reads: ClassVar[tuple[str, ...]] = ("num_heads", "logit_scale", "relative_coords_table", "relative_position_index")
 
     def project(self: Any, x: Tensor) -> Tensor:
         return project_qkv(self, x)

@@ -143,8 +143,8 @@ class MergingParallelScalingBlock(PatchedBlock):
         "ls",
         "drop_path",
     )
-    reads = ("in_split", "mlp_bias", "num_heads", "scale")
-    may_lack = ("out_proj", "attn_out_proj", "mlp_out_proj", "sub_norm")
+    reads: ClassVar[tuple[str, ...]] = ("in_split", "mlp_bias", "num_heads", "scale")
+    may_lack: ClassVar[tuple[str, ...]] = ("out_proj", "attn_out_proj", "mlp_out_proj", "sub_norm")
 
     def stage_forward(self: Any, x: Tensor, reduce: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> Tensor:
         return reduce(self.later_forward(x, *args, **kwargs))
