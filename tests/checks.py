@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import onnxruntime
 import torch
 from PIL import Image
 
@@ -81,6 +80,8 @@ COPIES = {
 
 def onnx_runtime(model, images):
     """Return what ONNX Runtime makes of the images, with the model exported to it."""
+    import onnxruntime  # not at the top: environments of examples/versions.py do without
+
     file = io.BytesIO()
     torch.onnx.export(model, (images,), dynamo=True, verbose=False).save(file)
     session = onnxruntime.InferenceSession(file.getvalue(), providers=["CPUExecutionProvider"])

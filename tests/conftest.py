@@ -1,6 +1,7 @@
 import os
 
 import torch
+from families import LEFT_OUT
 from hypothesis import settings
 
 # No deadline: the time that a test takes is the machine's, not the code's.
@@ -22,3 +23,7 @@ def pytest_terminal_summary(terminalreporter):
         print("\n\n| what | cases | seconds | failures |\n|---|---:|---:|---:|")
     for what, cases, seconds, failures in rows:
         print(f"| {what} | {cases:,} | {seconds:.0f} | {failures} |")
+
+
+def pytest_report_header():
+    return [f"left out of the families: {kind}: {reason}" for kind, reason in LEFT_OUT.items()]

@@ -1,24 +1,23 @@
 """One table of small models, of each kind that is served, with random weights: it drives the checks of every family.
 
 `FAMILIES` has a table for each file of adapters; an entry is the name of a timm model and options that make it small.
-`test_families.py` holds all of them to the invariants; the tests of a family take its own.
+`test_families.py` holds all of them to the invariants; the tests of a family take its own. With an older timm than the
+newest, `LEFT_OUT` has what is not in the tables, with the reason, which pytest prints above the tests.
 """
 
 from functools import partial
 
 import timm
 import torch
-from timm.layers import Attention, HybridEmbed, LayerNorm
-from timm.models.vision_transformer import (
-    DiffAttention,
-    DiffParallelScalingBlock,
-    ParallelScalingBlock,
-    ParallelThingsBlock,
-    ResPostBlock,
-)
+from timm.layers import HybridEmbed, LayerNorm
+from timm.models import vision_transformer
+from timm.models.vision_transformer import Attention, ParallelScalingBlock, ParallelThingsBlock, ResPostBlock
 from torch import nn
 
 import token_merge_plugin  # noqa: F401  (registers LV-ViT with timm)
+from token_merge_plugin import adapters
+
+TIMM = adapters.numbers(timm.__version__)
 
 DEPTH = 4
 SMALL = {"embed_dim": 48, "depth": DEPTH, "num_heads": 4, "num_classes": 5}
@@ -32,6 +31,8 @@ TNT = {"embed_dim": 48, "depth": 4, "num_heads_outer": 4, "inner_dim": 12, "num_
 STEPS = {"embed_dims": (48, 96), "depths": (1, 1), "num_heads": (2, 4)}
 
 SMALL_SWIN = {"embed_dim": 32, "depths": (2, 2), "num_heads": (2, 4), "num_classes": 5, "img_size": 112}
+# A size that windows do not divide, which older versions of timm do not take.
+SMALL_SWIN_V2 = SMALL_SWIN | {"img_size": 112 if TIMM >= [1, 0, 31] else 128}
 
 SMALL_MAXX = {
     "embed_dim": (16, 16, 64, 64),
@@ -41,6 +42,11 @@ SMALL_MAXX = {
     "conv_expand_ratio": 1,
     "num_classes": 5,
 }
+
+
+# Where timm lacks these, the models with them are left out below.
+DiffAttention = getattr(vision_transformer, "DiffAttention", Attention)
+DiffParallelScalingBlock = getattr(vision_transformer, "DiffParallelScalingBlock", ParallelScalingBlock)
 
 
 class GatedAttention(Attention):
@@ -218,9 +224,9 @@ FAMILIES = {
     },
     "swin": {
         "Swin": ("swin_tiny_patch4_window7_224", SMALL_SWIN),
-        "Swin V2": ("swinv2_tiny_window8_256", SMALL_SWIN),
-        "Swin V2 cr": ("swinv2_cr_tiny_224", SMALL_SWIN),
-        "Swin V2 cr, norms in the residual stream": ("swinv2_cr_tiny_ns_224", SMALL_SWIN | {"extra_norm_period": 1}),
+        "Swin V2": ("swinv2_tiny_window8_256", SMALL_SWIN_V2),
+        "Swin V2 cr": ("swinv2_cr_tiny_224", SMALL_SWIN_V2),
+        "Swin V2 cr, norms in the residual stream": ("swinv2_cr_tiny_ns_224", SMALL_SWIN_V2 | {"extra_norm_period": 1}),
     },
     "maxxvit": {
         "MaxViT": ("maxvit_nano_rw_256", SMALL_MAXX | {"img_size": 64}),
@@ -286,6 +292,49 @@ FAMILIES = {
         "XCiT": ("xcit_nano_12_p16_224", SMALL | {"embed_dim": 96, "img_size": 128}),
         "XCiT, small patches": ("xcit_tiny_12_p8_224", SMALL | {"embed_dim": 96, "img_size": 64}),
     },
+}
+
+# {kind: the oldest timm that has such a model}, in families that older ones have as well.
+NEEDS_TIMM = {
+    "test_vit2": "1.0.10",
+    "test_vit3": "1.0.10",
+    "test_vit4": "1.0.13",
+    "ViT, norms within attention and MLP": "1.0.16",
+    "TNT, legacy": "1.0.16",
+    "RoPE ViT, axial": "1.0.17",
+    "RoPE ViT, mixed": "1.0.17",
+    "RoPE ViT, mixed and absolute": "1.0.17",
+    "Perception Encoder": "1.0.18",
+    "Perception Encoder, spatial": "1.0.18",
+    "DINOv3": "1.0.20",
+    "DINOv3, SwiGLU": "1.0.20",
+    "ViT, parallel, no bias, fused projection": "1.0.23",
+    "ViT, parallel, differential attention": "1.0.23",
+    "ViT, differential attention": "1.0.23",
+    "ViT, differential attention, two lambdas": "1.0.23",
+    "ViT, no class token, prr pool": "1.0.26",
+    "ViT, gated attention": "1.0.28",
+    "Sapiens": "1.0.30",
+    "RADIO": "1.0.31",
+}
+
+
+def why_not(kind, adapter):
+    """Return why a kind of a table is left out with this timm, or None."""
+    for family, reason in adapters.missing.items():
+        if adapters.FAMILIES[family] == adapter:
+            return f"{family} is not served. {reason}"
+    needs = NEEDS_TIMM.get(kind)
+    if needs is not None and adapters.numbers(needs) > TIMM:
+        return f"It needs timm {needs} or newer, and this is {timm.__version__}."
+    return None
+
+
+LEFT_OUT = {kind: why for name, table in FAMILIES.items() for kind in table if (why := why_not(kind, name))}
+FAMILIES = {
+    name: served
+    for name, table in FAMILIES.items()
+    if (served := {kind: entry for kind, entry in table.items() if kind not in LEFT_OUT})
 }
 KINDS = {kind: entry for table in FAMILIES.values() for kind, entry in table.items()}
 

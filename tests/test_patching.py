@@ -1,7 +1,9 @@
 """`apply`, `remove` and the registry: what they refuse, and that a refusal changes nothing."""
 
+import ast
 import gc
 import pickle
+import sys
 import threading
 import warnings
 import weakref
@@ -10,10 +12,9 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from checks import EXAMPLES, contents, interrupted
+from checks import EXAMPLES, contents, interrupted, run_program
 from families import DEPTH, images, make
-from timm.layers import Attention
-from timm.models.vision_transformer import Block, VisionTransformer
+from timm.models.vision_transformer import Attention, Block, VisionTransformer
 from torch import nn
 
 import token_merge_plugin
@@ -29,6 +30,7 @@ from token_merge_plugin import (
     supported_models,
 )
 from token_merge_plugin.adapters import registry, vit
+from token_merge_plugin.adapters.base import Patched, known_mixin
 from token_merge_plugin.method.multiscale import MultiScaleFusion
 from token_merge_plugin.method.state import Plan
 from token_merge_plugin.trial.counting import count_macs
@@ -90,6 +92,66 @@ def test_a_model_that_is_not_served_is_refused_by_name_and_the_families_are_list
 
 def test_a_feature_extractor_of_a_model_that_is_not_served_is_refused():
     refused(timm.create_model("resnet18", features_only=True), UnsupportedModelError, "FeatureListNet is no model that")
+
+
+def test_a_part_of_another_timm_is_refused_by_what_it_lacks():
+    model = make()
+    del model.blocks[1].attn.num_heads
+    refused(model, UnsupportedModelError, r"Attention of timm .* it has no num_heads")
+
+
+class Scaled(nn.Module):
+    def forward(self, x, scale=1.0):
+        return x * scale
+
+
+class OfAnotherTimm(Scaled):
+    def forward(self, x, mask=None, scale=1.0):
+        return x * scale
+
+
+class MergingScaled(Patched):
+    def forward(self, x, scale=1.0):
+        return x * scale
+
+
+def test_a_forward_of_another_timm_is_refused_by_what_it_takes():
+    assert known_mixin(Scaled(), {Scaled: MergingScaled}) is MergingScaled
+    with pytest.raises(UnsupportedModelError, match=r"OfAnotherTimm .* takes \(mask, scale\), and may take \(scale\)"):
+        known_mixin(OfAnotherTimm(), {OfAnotherTimm: MergingScaled})
+
+
+def test_a_family_that_timm_is_too_old_for_is_refused_with_the_version_that_it_needs(monkeypatch):
+    model = timm.create_model("pvt_v2_b0")
+    reason = "It needs timm 9.0.0 or newer, and this is 1.0.0."
+    monkeypatch.setitem(registry.missing, "timm.models.pvt_v2", reason)
+    refused(model, UnsupportedModelError, f"timm.models.pvt_v2 is not served here. {reason}")
+
+
+def run_with(preparation):
+    """Return the families that are missing if timm is another one, and that others are served."""
+    program = f"""
+import timm
+{preparation}
+import token_merge_plugin
+from token_merge_plugin.adapters import missing
+token_merge_plugin.apply(timm.create_model("test_vit"), 0.7)
+print(missing)
+"""
+    done = run_program(sys.executable, "-c", program)
+    assert done.returncode == 0, done.stderr
+    return ast.literal_eval(done.stdout)
+
+
+def test_a_family_whose_timm_is_too_old_is_missing_and_the_others_are_served():
+    missing = run_with("timm.__version__ = '1.0.20'")
+    assert missing["timm.models.xcit"] == "It needs timm 1.0.21 or newer, and this is 1.0.20."
+    assert "timm.models.naflexvit" not in missing
+
+
+def test_a_family_of_which_timm_has_renamed_a_class_is_missing_and_the_others_are_served():
+    missing = run_with("import timm.models.swin_transformer as swin; del swin.WindowAttention")
+    assert "WindowAttention" in missing["timm.models.swin_transformer_v2_cr"]
 
 
 def test_a_family_that_was_looked_at_is_refused_with_the_reason():

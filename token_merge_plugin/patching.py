@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-from token_merge_plugin.adapters import Adapter, find_adapter, registered_adapters
-from token_merge_plugin.adapters.base import Patched, Place, patched_class, unwrapped
+from token_merge_plugin.adapters import Adapter, find_adapter, missing, registered_adapters
+from token_merge_plugin.adapters.base import Patched, Place, check_structure, patched_class, unwrapped
 from token_merge_plugin.adapters.refused import REFUSED
 from token_merge_plugin.config import BY_CLASS_ATTENTION, KeepRate, MergeConfig, MergeOptions
 from token_merge_plugin.errors import ConfigError, PatchStateError, UnsupportedModelError, first_line
@@ -327,6 +327,7 @@ def _served(model: nn.Module) -> list[tuple[nn.Module, Adapter]]:
         families = ", ".join(dict.fromkeys(adapter.family for adapter in registered_adapters()))
         modules = {type(module).__module__ for module in model.modules()}
         reasons = [f"{name} was looked at: {reason} " for name, reason in REFUSED.items() if name in modules]
+        reasons += [f"{name} is not served here. {reason} " for name, reason in missing.items() if name in modules]
         raise UnsupportedModelError(
             f"{type(model).__name__} is no model that is served, and contains none. "
             + "".join(reasons)
@@ -344,6 +345,8 @@ def _changes(model: Any, adapter: Adapter, config: MergeConfig, learned: list[Mu
         sections, default = adapter.sections(model), adapter.default_stages(model)
         class_tokens, grid_size = adapter.num_class_tokens(model), adapter.grid_size(model)
         num_prefix_tokens = adapter.num_prefix_tokens(model)
+    if adapter.model_mixin is not None:
+        check_structure(model, adapter.model_mixin)
     if config.num_prefix_tokens is not None:
         if adapter.on_entry or config.num_prefix_tokens < num_prefix_tokens:
             raise ConfigError(

@@ -3,6 +3,7 @@
 from checks import EXAMPLES
 
 from token_merge_plugin import supported_models
+from token_merge_plugin.adapters import missing
 from token_merge_plugin.cli import main
 from token_merge_plugin.patching import models_by_adapter
 
@@ -23,6 +24,13 @@ def test_list_names_every_family_and_what_is_left_of_its_multiply_adds(capsys):
     assert methods["ViT with relative position"] == methods["NaFlexViT"] == "all"
     assert methods["CaiT"] == "merge, tome, late_tome, random"
     assert all(40 <= int(row[-1].rstrip("%")) <= 90 for row in rows)
+
+
+def test_list_says_which_families_are_missing_and_why(capsys, monkeypatch):
+    monkeypatch.setitem(missing, "timm.models.some_vit", "It needs timm 9.0.0 or newer, and this is 1.0.0.")
+    assert main(["list"]) == 0
+    line = "Missing: timm.models.some_vit. It needs timm 9.0.0 or newer, and this is 1.0.0."
+    assert line in capsys.readouterr().out.splitlines()
 
 
 def test_the_table_of_the_results_lists_the_families_that_are_served():

@@ -1,14 +1,17 @@
 """Adapters: one file a family, registered once the module that defines the family is imported."""
 
 import importlib
+import re
 
+import timm
 import wrapt
 
 from token_merge_plugin.adapters.base import Adapter
-from token_merge_plugin.adapters.registry import find_adapter, register_adapter, registered_adapters
+from token_merge_plugin.adapters.registry import find_adapter, missing, register_adapter, registered_adapters
+from token_merge_plugin.errors import first_line
 
-# {module that defines the family: module of its adapter}. By import hooks, so that a family that an older timm lacks
-# is simply not there, and one of another package is served without importing that package here.
+# {module that defines the family: module of its adapter}. By import hooks, so that one of another package is served
+# without importing that package here.
 FAMILIES = {
     # Token sequences: tokens stay fewer through a section of the network.
     "timm.models.vision_transformer": "vit",
@@ -41,11 +44,40 @@ FAMILIES = {
 }
 
 
-def _import_when_imported(adapter: str, family: str) -> None:
-    wrapt.register_post_import_hook(lambda _: importlib.import_module(f"{__name__}.{adapter}"), family)
+# {module of timm: oldest timm by which the family is served}, where that is not the oldest that the package takes.
+NEEDS_TIMM = {
+    "timm.models.naflexvit": "1.0.18",
+    "timm.models.gemma4_vit": "1.0.27",
+    "timm.models.qwen3_vit": "1.0.30",
+    "timm.models.deepseek_vit": "1.0.30",
+    "timm.models.gcvit": "1.0.31",  # gives images each other's global queries before
+    "timm.models.nest": "1.0.21",
+    "timm.models.xcit": "1.0.21",
+}
+
+
+def numbers(version: str) -> list[int]:
+    """Return the numbers of a version, by which versions compare: 1.0.31.dev0 -> [1, 0, 31]."""
+    return [int(number) for number in re.findall(r"\d+", version)[:3]]
+
+
+def _serve(family: str, adapter: str) -> None:
+    """Import the adapter of a family, once the module that defines the family is; or note why that cannot be."""
+
+    def register(_: object) -> None:
+        try:
+            importlib.import_module(f"{__name__}.{adapter}")
+        except (ImportError, AttributeError) as error:
+            missing[family] = f"timm {timm.__version__} is not as it is known here: {first_line(error)}."
+
+    needs = NEEDS_TIMM.get(family)
+    if needs is not None and numbers(timm.__version__) < numbers(needs):
+        missing[family] = f"It needs timm {needs} or newer, and this is {timm.__version__}."
+    else:
+        wrapt.register_post_import_hook(register, family)
 
 
 for _family, _adapter in FAMILIES.items():
-    _import_when_imported(_adapter, _family)
+    _serve(_family, _adapter)
 
-__all__ = ["Adapter", "find_adapter", "register_adapter", "registered_adapters"]
+__all__ = ["Adapter", "find_adapter", "missing", "numbers", "register_adapter", "registered_adapters"]

@@ -10,14 +10,16 @@ import itertools
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial, wraps
+from inspect import Parameter, signature
 from types import FunctionType
 from typing import Any, ClassVar, NamedTuple, TypeAlias
 
+import timm
 import torch
 import torch.nn.functional as F
-from timm.models import checkpoint
 from torch import Tensor, nn
 from torch.fx import Proxy
+from torch.utils.checkpoint import checkpoint
 
 from token_merge_plugin.adapters.registry import find_adapter
 from token_merge_plugin.adapters.registry import register_adapter as register_adapter
@@ -42,11 +44,17 @@ class Patched(nn.Module):
 
     Attributes:
         parts: names of the child modules that the mixin knows how to run.
+        reads: names of the other attributes of the original class that it reads.
+        may_lack: those of its parts that a module may be without.
         replaces: names of the methods of the original class whose work the mixin does itself.
+        stands_in: name of the method of the mixin that does the work of the original's forward.
     """
 
     parts: ClassVar[tuple[str, ...]] = ()
+    reads: ClassVar[tuple[str, ...]] = ()
+    may_lack: ClassVar[tuple[str, ...]] = ()
     replaces: ClassVar[tuple[str, ...]] = ("forward",)
+    stands_in: ClassVar[str] = "forward"
     _token_merge: Place
     _token_merge_parts: ClassVar[tuple[type["Patched"], type[nn.Module]]]
 
@@ -280,6 +288,8 @@ class PatchedBlock(Patched):
     otherwise.
     """
 
+    stands_in = "stage_forward"
+
     def stage_forward(self, x: Tensor, reduce: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> Tensor:
         """Run the block, with x = reduce(x) between attention and MLP."""
         raise NotImplementedError
@@ -297,7 +307,7 @@ class PatchedBlock(Patched):
         span = plan.spans.get(block)
         if span is None:
             if plan.checkpointing and torch.is_grad_enabled():
-                return checkpoint(super().forward, x, *args, **kwargs)
+                return checkpoint(super().forward, x, *args, use_reentrant=False, **kwargs)
             return super().forward(x, *args, **kwargs)
         keep_grid = plan.keeps_grid()
         prefix = self.num_prefix_tokens()
@@ -325,7 +335,9 @@ class PatchedBlock(Patched):
             x = state.take_tokens(x)
         unread = self._is_unread(state)
         if plan.checkpointing and torch.is_grad_enabled():
-            x, state.merged, state.offset = checkpoint(self._recompute, x, state.arguments(), *args, **kwargs)
+            x, state.merged, state.offset = checkpoint(
+                self._recompute, x, state.arguments(), *args, use_reentrant=False, **kwargs
+            )
         else:
             x = self._run(state, x, *args, **kwargs)
         state.block = block
@@ -493,6 +505,8 @@ class PatchedGridBlock(Patched):
 class PatchedAttention(Patched):
     """Mixin for an attention layer: counts each token by its size, and shows a stage what it needs to choose."""
 
+    stands_in = "merged_forward"
+
     def merged_forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Do what the layer's own forward does, but attend by `attend`."""
         raise NotImplementedError
@@ -511,6 +525,7 @@ class PatchedSelfAttention(PatchedAttention):
     """Mixin for plain self-attention: one layer for query, key and value, without norms or positions."""
 
     parts = ("qkv", "attn_drop", "proj", "proj_drop")
+    reads = ("num_heads", "scale")
 
     def merged_forward(self: Any, x: Tensor, attn_mask: Tensor | None = None) -> Tensor:
         query, key, value = self.qkv(x).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
@@ -609,7 +624,7 @@ def project_qkv(module: Any, x: Tensor) -> Tensor:
     if getattr(module, "q_bias", None) is None:
         return module.qkv(x)
     bias = torch.cat((module.q_bias, module.k_bias, module.v_bias))
-    if module.qkv_bias_separate:
+    if getattr(module, "qkv_bias_separate", False):
         return module.qkv(x) + bias
     return F.linear(x, module.qkv.weight, bias)  # as timm does: here it does not call the layer
 
@@ -634,6 +649,11 @@ Known: TypeAlias = Mapping[type[nn.Module], type[Patched]]
 
 # {(class, name of a method): the method, and what it runs} as they were when an adapter first named the class.
 _methods: dict[tuple[type[nn.Module], str], tuple[Any, Any]] = {}
+
+
+def classes(module: Any, **mixins: type[Patched]) -> dict[type[nn.Module], type[Patched]]:
+    """Return the mixin of each class of a timm module, of those classes that only some versions of timm have."""
+    return {getattr(module, name): mixin for name, mixin in mixins.items() if hasattr(module, name)}
 
 
 class Adapter:
@@ -763,11 +783,41 @@ def known_mixin(module: nn.Module, known: Known) -> type[Patched]:
                     f"{cls.__name__} has parts that are not known here: {', '.join(sorted(unknown))}. "
                     f"They might change what its forward does. Serve it with an adapter of your own: register_adapter."
                 )
+            check_structure(module, mixin)
             return mixin
     raise UnsupportedModelError(
         f"{cls.__module__}.{cls.__name__} is no block or attention layer that is known here, or has a forward of its "
         f"own. Known: {names}. Serve it with an adapter of your own: register_adapter."
     )
+
+
+def check_structure(module: nn.Module, mixin: type[Patched]) -> None:
+    """Refuse a module without something that a mixin reads, or whose forward takes what the mixin does not know.
+
+    Raises:
+        UnsupportedModelError: a timm has another class under that name than the one that is known.
+    """
+    name = type(module).__name__
+    required = set(mixin.parts).union(mixin.reads).difference(mixin.may_lack)
+    lacking = sorted(attribute for attribute in required if not hasattr(module, attribute))
+    if lacking:
+        raise UnsupportedModelError(
+            f"{name} of timm {timm.__version__} is not the one that is known here: it has no {', '.join(lacking)}."
+        )
+    known, given = (_arguments(cls, method) for cls, method in ((mixin, mixin.stands_in), (type(module), "forward")))
+    if known is not None and given is not None and given != known[: len(given)]:
+        raise UnsupportedModelError(
+            f"{name} of timm {timm.__version__} is not the one that is known here: its forward takes "
+            f"({', '.join(given)}), and may take ({', '.join(known)})."
+        )
+
+
+def _arguments(cls: type[nn.Module], name: str) -> list[str] | None:
+    """Return the names of what a forward takes behind its first tensor, or None where it takes anything."""
+    parameters = signature(getattr(cls, name)).parameters
+    if any(parameter.kind in (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD) for parameter in parameters.values()):
+        return None
+    return [argument for argument in parameters if argument not in ("self", "reduce")][1:]
 
 
 def _method(cls: type[nn.Module], name: str) -> tuple[Any, Any]:

@@ -14,6 +14,7 @@ class MergingBeitAttention(PatchedAttention):
     """BEiT's `Attention`: the bias of each pair of tokens is that of their representatives' positions."""
 
     parts = ("qkv", "attn_drop", "proj", "proj_drop")
+    reads = ("num_heads", "scale", "relative_position_bias_table", "_get_rel_pos_bias")
 
     def merged_forward(self: Any, x: Tensor, shared_rel_pos_bias: Tensor | None = None) -> Tensor:
         qkv = project_qkv(self, x).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)

@@ -24,6 +24,7 @@ class MergingTalkingHeadAttn(PatchedAttention):
     """
 
     parts = ("qkv", "attn_drop", "proj", "proj_l", "proj_w", "proj_drop")
+    reads = ("num_heads", "scale")
 
     def merged_forward(self: Any, x: Tensor) -> Tensor:
         plan, block = self._token_merge
@@ -52,6 +53,7 @@ class MergingLayerScaleBlock(PatchedBlock):
     """CaiT's `LayerScaleBlock`."""
 
     parts = ("norm1", "attn", "drop_path", "norm2", "mlp")
+    reads = ("gamma_1", "gamma_2")
 
     def stage_forward(self: Any, x: Tensor, reduce: Callable[[Tensor], Tensor]) -> Tensor:
         x = reduce(x + self.drop_path(self.gamma_1 * self.attn(self.norm1(x))))

@@ -33,6 +33,7 @@ class MergingGPSA(PatchedAttention):
     """
 
     parts = ("qk", "v", "attn_drop", "proj", "pos_proj", "proj_drop")
+    reads = ("num_heads", "scale", "gating_param", "rel_indices", "get_rel_indices")
     replaces = ("forward", "get_attention")
 
     def merged_forward(self: Any, x: Tensor) -> Tensor:
@@ -82,6 +83,7 @@ class MergingConvitBlock(PatchedBlock):
     """ConViT's `Block`."""
 
     parts = ("norm1", "attn", "drop_path", "norm2", "mlp")
+    reads = ("use_gpsa",)
 
     def num_prefix_tokens(self: Any) -> int:
         return 0 if self.use_gpsa else 1
@@ -100,6 +102,9 @@ class ConvitAdapter(Adapter):
     example = "convit_small"
     known_blocks = {convit.Block: MergingConvitBlock}
     known_attention = {convit.GPSA: MergingGPSA, convit.MHSA: MergingMHSA}
+
+    def num_prefix_tokens(self, model: Any) -> int:
+        return getattr(model, "num_prefix_tokens", 1)
 
     def grid_size(self, model: Any) -> tuple[int, int] | None:
         return tuple(model.patch_embed.grid_size)

@@ -8,7 +8,6 @@ from typing import Any
 
 import timm.models.crossvit as crossvit
 import timm.models.vision_transformer as vit
-from timm.layers import Attention
 from torch import nn
 
 from token_merge_plugin.adapters.base import Adapter, PatchedModel, register_adapter
@@ -35,7 +34,7 @@ class CrossVitAdapter(Adapter):
     in_rows = False  # each branch has its own grid
     model_mixin = MergingCrossVit
     known_blocks = {vit.Block: MergingBlock}
-    known_attention = {Attention: MergingAttention}
+    known_attention = {vit.Attention: MergingAttention}
 
     def blocks(self, model: Any) -> list[nn.Module]:
         return [block for multi_scale in model.blocks for branch in multi_scale.blocks for block in branch]

@@ -4,7 +4,7 @@ The convolutions need the full grid, and cost little. Tokens are merged for the 
 by cell, and once more for the MLP.
 """
 
-from typing import Any
+from typing import Any, ClassVar
 
 import timm.models.davit as davit
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ class MergingDavitWindowAttention(PatchedAttention):
     """timm's `WindowAttention` of DaViT."""
 
     parts = ("qkv", "proj", "softmax")
+    reads = ("num_heads", "scale")
 
     def merged_forward(self: Any, x: Tensor) -> Tensor:
         query, key, value = self.qkv(x).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
@@ -28,6 +29,7 @@ class MergingChannelAttention(PatchedAttention):
     """timm's `ChannelAttention`, whose products of channels are sums over the tokens."""
 
     parts = ("qkv", "proj")
+    reads: ClassVar[tuple[str, ...]] = ("num_heads", "scale")
 
     def merged_forward(self: Any, x: Tensor) -> Tensor:
         query, key, value = self.qkv(x).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
@@ -45,6 +47,8 @@ class MergingChannelAttention(PatchedAttention):
 
 class MergingChannelAttentionV2(MergingChannelAttention):
     """timm's `ChannelAttentionV2`."""
+
+    reads = ("groups", "head_dim", "dynamic_scale")
 
     def merged_forward(self: Any, x: Tensor) -> Tensor:
         query, key, value = self.qkv(x).unflatten(2, (3, self.groups, -1)).permute(2, 0, 3, 1, 4)
@@ -75,6 +79,8 @@ class MergingChannelBlock(PatchedGridBlock):
 
 class MergingSpatialBlock(MergingChannelBlock):
     """timm's `SpatialBlock`."""
+
+    reads = ("window_size",)
 
     def attention(self: Any, x: Tensor) -> Tensor:
         height, width = x.shape[1:3]

@@ -23,6 +23,7 @@ class MergingGlobalAttention(PatchedAttention):
     """timm's `WindowAttentionGlobal`: bias and global query of a token are those of its representative's position."""
 
     parts = ("rel_pos", "qkv", "attn_drop", "proj", "proj_drop")
+    reads = ("num_heads", "head_dim", "scale", "use_global")
 
     def merged_forward(self: Any, x: Tensor, q_global: Tensor | None = None) -> Tensor:
         # [2 or 3, W, H, K, D]
@@ -45,6 +46,7 @@ class MergingGlobalContextBlock(PatchedGridBlock):
     """timm's `GlobalContextVitBlock`."""
 
     parts = ("norm1", "attn", "ls1", "drop_path1", "norm2", "mlp", "ls2", "drop_path2")
+    reads = ("window_size",)
     replaces = ("forward", "_window_attn")
 
     def forward(self: Any, x: Tensor, q_global: Tensor | None = None) -> Tensor:

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import timm.models.gemma4_vit as gemma4
+from timm.models.gemma4_vit import apply_multidimensional_rope
 from torch import Tensor
 
 from token_merge_plugin.adapters.base import (
@@ -20,6 +21,7 @@ class MergingGemma4Attention(PatchedAttention):
     """timm's `Gemma4Attention`: each token is rotated by the position of its representative."""
 
     parts = ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm", "v_norm", "attn_drop", "proj_drop")
+    reads = ("head_dim", "num_kv_groups")
     scale = 1.0  # queries and keys are normalised instead
 
     def merged_forward(
@@ -32,7 +34,7 @@ class MergingGemma4Attention(PatchedAttention):
             y.unflatten(2, (-1, self.head_dim)) for y in (self.q_proj(x), self.k_proj(x), self.v_proj(x))
         )
         query, key = (
-            gemma4.apply_multidimensional_rope(y, *rope).transpose(1, 2) for y in (self.q_norm(query), self.k_norm(key))
+            apply_multidimensional_rope(y, *rope).transpose(1, 2) for y in (self.q_norm(query), self.k_norm(key))
         )
         value = self.v_norm(value).transpose(1, 2)
         if self.num_kv_groups > 1:  # grouped queries
@@ -53,6 +55,8 @@ class MergingGemma4Block(PatchedBlock):
 
 class MergingGemma4VitEncoder(PatchedModel):
     """timm's `Gemma4VitEncoder`, whose `forward` does not go through `forward_features`."""
+
+    reads = ("patch_size", "_assert_raw_img_conformant")
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self._call(super().forward, False, args, kwargs)

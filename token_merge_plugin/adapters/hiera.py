@@ -19,6 +19,7 @@ class MergingMaskUnitAttention(PatchedAttention):
     """timm's `MaskUnitAttention`, where it is over all tokens and does not pool."""
 
     parts = ("qkv", "proj")
+    reads = ("heads", "scale")
 
     def merged_forward(self: Any, x: Tensor) -> Tensor:
         query, key, value = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
@@ -29,6 +30,7 @@ class MergingHieraBlock(MergingBlock):
     """timm's `HieraBlock`, where it does not pool."""
 
     parts = (*MergingBlock.parts, "proj")
+    may_lack = ("proj",)
 
 
 @register_adapter(hiera.Hiera)

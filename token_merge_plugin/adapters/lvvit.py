@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any, ClassVar
 
 import wrapt
-from timm.layers import Attention
+from timm.models.vision_transformer import Attention
 from torch import Tensor
 
 from token_merge_plugin.adapters.base import (
@@ -37,6 +37,7 @@ class MergingLVViTBlock(PatchedBlock):
     """`LVViTBlock`, and `Block` of the TokenLabeling package."""
 
     parts = ("norm1", "attn", "drop_path", "norm2", "mlp")
+    reads = ("skip_lam",)
 
     def stage_forward(self: Any, x: Tensor, reduce: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> Tensor:
         x = reduce(x + self.drop_path(self.attn(self.norm1(x), *args, **kwargs)) / self.skip_lam)

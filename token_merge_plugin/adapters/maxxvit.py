@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 import timm.models.maxxvit as maxxvit
 import torch
+from timm.models.maxxvit import Downsample2d, grid_partition, grid_reverse, window_partition, window_reverse
 from torch import Tensor, nn
 
 from token_merge_plugin.adapters.base import (
@@ -26,6 +27,7 @@ class MergingPartitionAttention(PatchedAttention):
     """timm's `AttentionCl`: bias of a pair is that of the representatives' positions."""
 
     parts = ("qkv", "rel_pos", "attn_drop", "proj", "proj_drop")
+    reads = ("num_heads", "dim_head", "head_first", "scale")
 
     def merged_forward(self: Any, x: Tensor, shared_rel_pos: Tensor | None = None) -> Tensor:
         return self.proj_drop(self.proj(self.attended(self.qkv(x), shared_rel_pos)))
@@ -80,14 +82,16 @@ class MergingBlock(PatchedGridBlock):
 class MergingPartitionBlock(MergingBlock):
     """timm's `PartitionAttentionCl`."""
 
+    reads = ("partition_block", "partition_size")
+
     replaces = ("forward", "_partition_attn")
 
     def forward(self: Any, x: Tensor) -> Tensor:
         height, width = x.shape[1:3]
         size = self.partition_size
         number = count_windows(x, *size)
-        partition = maxxvit.window_partition if self.partition_block else maxxvit.grid_partition
-        reverse = maxxvit.window_reverse if self.partition_block else maxxvit.grid_reverse
+        partition = window_partition if self.partition_block else grid_partition
+        reverse = window_reverse if self.partition_block else grid_reverse
         tokens = self.update_fewer(partition(x, size).flatten(1, 2), size, lambda x: self.token_update(x, number))
         return reverse(tokens, size, (height, width))
 
@@ -114,15 +118,17 @@ class MergingParallelBlock(MergingBlock):
     """
 
     parts = ("attn_block", "attn_grid", *MergingBlock.parts)
+    reads = ("partition_size",)
+    may_lack = ("attn",)
     replaces = ("forward", "_partition_attn")
 
     def forward(self: Any, x: Tensor) -> Tensor:
         height, width = x.shape[1:3]
         size = self.partition_size
         number = count_windows(x, *size)
-        in_groups = self.attn_grid(maxxvit.grid_partition(self.norm1(x), size))
-        in_groups = maxxvit.grid_reverse(in_groups, size, (height, width))
-        in_groups = maxxvit.window_partition(in_groups, size).flatten(1, 2)  # [W, T, C / 2]
+        in_groups = self.attn_grid(grid_partition(self.norm1(x), size))
+        in_groups = grid_reverse(in_groups, size, (height, width))
+        in_groups = window_partition(in_groups, size).flatten(1, 2)  # [W, T, C / 2]
 
         def update(x: Tensor) -> Tensor:
             attended = torch.cat((self.attn_block(self.norm1(x)), self.merged_alike(in_groups)), dim=2)
@@ -141,7 +147,7 @@ class MergingTransformerBlock2d(MergingBlock):
 
     def forward(self: Any, x: Tensor, shared_rel_pos: Tensor | None = None) -> Tensor:
         normed = None
-        if isinstance(self.shortcut, maxxvit.Downsample2d):
+        if isinstance(self.shortcut, Downsample2d):
             normed = self.norm1(x).flatten(2).transpose(1, 2)
         x = self.shortcut(x)
 

@@ -13,6 +13,8 @@ from token_merge_plugin.adapters.vit import VisionTransformerAdapter
 class MergingNaFlexVit(PatchedModel):
     """timm's `NaFlexVit`."""
 
+    reads = ("embeds", "_forward_embeds")
+
     @property
     def use_key_only_attn_mask(self) -> bool:
         # Hiding padding from all queries, [B, 1, 1, P + N], is enough: what padding itself attends to is never read.

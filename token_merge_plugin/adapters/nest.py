@@ -17,6 +17,7 @@ class MergingNestAttention(PatchedAttention):
     """timm's `Attention` of NesT."""
 
     parts = ("qkv", "attn_drop", "proj", "proj_drop")
+    reads = ("num_heads", "scale")
 
     def merged_forward(self: Any, x: Tensor) -> Tensor:
         qkv = self.qkv(x).flatten(0, 1).unflatten(2, (3, self.num_heads, -1))  # [B * windows, K, 3, H, D]

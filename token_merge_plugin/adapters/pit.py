@@ -4,7 +4,6 @@ from typing import Any
 
 import timm.models.pit as pit
 import timm.models.vision_transformer as vit
-from timm.layers import Attention
 from torch import Tensor, nn
 
 from token_merge_plugin.adapters.base import Adapter, register_adapter
@@ -39,7 +38,7 @@ class PitAdapter(Adapter):
     example = "pit_s_224"
     restores = "in front of each pooling, and behind the last block"
     known_blocks = {vit.Block: MergingPitBlock}
-    known_attention = {Attention: MergingAttention}
+    known_attention = {vit.Attention: MergingAttention}
 
     def blocks(self, model: Any) -> list[nn.Module]:
         return [block for transformer in model.transformers for block in transformer.blocks]

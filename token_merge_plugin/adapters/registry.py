@@ -10,6 +10,9 @@ if TYPE_CHECKING:
 
 _registry: dict[type[nn.Module], "Adapter"] = {}
 
+# {module of timm: why the family that it defines is not served}.
+missing: dict[str, str] = {}
+
 AdapterClass = TypeVar("AdapterClass", bound="type[Adapter]")
 
 

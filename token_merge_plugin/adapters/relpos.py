@@ -13,6 +13,7 @@ class MergingRelPosAttention(PatchedAttention):
     """timm's `RelPosAttention`: the bias of each pair of tokens is that of their representatives' positions."""
 
     parts = ("qkv", "q_norm", "k_norm", "rel_pos", "attn_drop", "proj", "proj_drop")
+    reads = ("num_heads", "scale")
 
     def merged_forward(self: Any, x: Tensor, shared_rel_pos: Tensor | None = None) -> Tensor:
         qkv = self.qkv(x).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)

@@ -9,6 +9,7 @@ from typing import Any
 import timm.models.vision_transformer_sam as sam
 import torch
 from timm.layers import apply_rot_embed_cat
+from timm.models.vision_transformer_sam import get_rel_pos
 from torch import Tensor
 
 from token_merge_plugin.adapters.base import (
@@ -25,6 +26,7 @@ class MergingSamAttention(PatchedAttention):
     """timm's `Attention` of SAM: a token has the position of its representative."""
 
     parts = ("qkv", "q_norm", "k_norm", "attn_drop", "proj", "proj_drop", "rope")
+    reads = ("num_heads", "scale", "use_rel_pos")
 
     def merged_forward(self: Any, x: Tensor) -> Tensor:
         plan = self._token_merge.plan
@@ -63,8 +65,8 @@ class MergingSamAttention(PatchedAttention):
             position: [W, K], of each token in the window.
         """
         height, width = grid_size
-        by_rows = axis_bias(query, sam.get_rel_pos(height, height, self.rel_pos_h), position // width)
-        by_columns = axis_bias(query, sam.get_rel_pos(width, width, self.rel_pos_w), position % width)
+        by_rows = axis_bias(query, get_rel_pos(height, height, self.rel_pos_h), position // width)
+        by_columns = axis_bias(query, get_rel_pos(width, width, self.rel_pos_w), position % width)
         return by_rows.add_(by_columns)  # in place: these are the largest tensors of the model
 
 
@@ -84,6 +86,7 @@ class MergingSamBlock(PatchedGridBlock):
     """timm's `Block` of SAM."""
 
     parts = ("norm1", "attn", "ls1", "drop_path1", "norm2", "mlp", "ls2", "drop_path2")
+    reads = ("window_size",)
 
     def forward(self: Any, x: Tensor) -> Tensor:
         height, width = x.shape[1:3]

@@ -27,6 +27,7 @@ class MergingWindowAttention(PatchedAttention):
     """timm's `WindowAttention` of Swin: bias and shift mask of a pair are those of the representatives' positions."""
 
     parts: ClassVar[tuple[str, ...]] = ("qkv", "attn_drop", "proj", "proj_drop", "softmax")
+    reads: ClassVar[tuple[str, ...]] = ("num_heads", "scale", "_get_rel_pos_bias")
 
     def merged_forward(self: Any, x: Tensor, mask: Tensor | None = None) -> Tensor:
         query, key, value = self.project(x).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
@@ -54,6 +55,7 @@ class MergingCosineAttention(MergingWindowAttention):
     """timm's `WindowAttention` of Swin V2."""
 
     parts = (*MergingWindowAttention.parts, "cpb_mlp")
+    reads: ClassVar[tuple[str, ...]] = ("num_heads", "logit_scale", "relative_coords_table", "relative_position_index")
 
     def project(self: Any, x: Tensor) -> Tensor:
         return project_qkv(self, x)
@@ -73,6 +75,7 @@ class MergingCrAttention(MergingCosineAttention):
     """timm's `WindowMultiHeadAttention` of the other Swin V2."""
 
     parts = ("qkv", "attn_drop", "proj", "proj_drop", "meta_mlp")
+    reads = ("num_heads", "logit_scale", "_relative_positional_encodings")
 
     def project(self: Any, x: Tensor) -> Tensor:
         return self.qkv(x)
@@ -85,6 +88,7 @@ class MergingSwinBlock(PatchedGridBlock):
     """timm's `SwinTransformerBlock`."""
 
     parts: ClassVar[tuple[str, ...]] = ("norm1", "attn", "drop_path1", "norm2", "mlp", "drop_path2")
+    reads: ClassVar[tuple[str, ...]] = ("window_size", "shift_size", "attn_mask")
     replaces: ClassVar[tuple[str, ...]] = ("forward", "_attn")
 
     def forward(self: Any, x: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ class MergingTNTAttention(PatchedAttention):
     """timm's `Attention` of TNT, between patches."""
 
     parts = ("qk", "v", "attn_drop", "proj", "proj_drop")
+    reads = ("num_heads", "scale")
 
     def merged_forward(self: Any, x: Tensor) -> Tensor:
         query, key = self.qk(x).unflatten(2, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
@@ -43,6 +44,7 @@ class MergingTNTBlock(PatchedGridBlock):
         "norm_mlp",
         "mlp",
     )
+    may_lack = ("norm2_proj",)
 
     def forward(self: Any, pixel_embed: Tensor, patch_embed: Tensor) -> tuple[Tensor, Tensor]:
         channels = patch_embed.shape[2]
@@ -70,7 +72,7 @@ class MergingTNTBlock(PatchedGridBlock):
 
     def update_patches(self: Any, x: Tensor, pixels: Tensor) -> Tensor:
         """Return what the outer transformer, and the pixels [B, K, pixels, c], add to the tokens [B, 1 + K, C]."""
-        if self.legacy:
+        if getattr(self, "legacy", True):
             inner = self.proj(self.norm1_proj(pixels).flatten(2))
         else:
             inner = self.norm2_proj(self.proj(self.norm1_proj(pixels.flatten(2))))

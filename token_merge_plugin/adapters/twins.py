@@ -25,6 +25,7 @@ class MergingLocalAttention(PatchedAttention):
     """timm's `LocallyGroupedAttn`, on windows that are cut already."""
 
     parts = ("qkv", "attn_drop", "proj", "proj_drop")
+    reads = ("num_heads", "scale", "ws")
 
     def merged_forward(self: Any, x: Tensor, size: tuple[int, int]) -> Tensor:
         number = (size[0] // self.ws) * (size[1] // self.ws)
@@ -41,6 +42,7 @@ class MergingGlobalAttention(PatchedAttention):
     """timm's `GlobalSubSampleAttn`: merged tokens attend to the subsampled grid, which stays as it is."""
 
     parts = ("q", "kv", "attn_drop", "proj", "proj_drop", "sr", "norm")
+    reads = ("num_heads", "scale")
 
     def merged_forward(self: Any, x: Tensor, size: tuple[int, int], *, grid: Tensor) -> Tensor:
         if self.sr is not None:

@@ -5,7 +5,6 @@ from typing import Any, ClassVar
 
 import timm.models.vision_transformer as vit
 import torch
-from timm.layers import Attention
 from torch import Tensor
 
 from token_merge_plugin.adapters.base import (
@@ -15,6 +14,7 @@ from token_merge_plugin.adapters.base import (
     PatchedBlock,
     PatchedModel,
     attend,
+    classes,
     register_adapter,
 )
 
@@ -23,14 +23,18 @@ class MergingAttention(PatchedAttention):
     """timm's `Attention`."""
 
     parts = ("qkv", "q_norm", "k_norm", "attn_drop", "norm", "gate", "proj", "proj_drop")
+    reads = ("num_heads", "head_dim", "scale")
+    may_lack = ("norm", "gate")
 
-    def merged_forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def merged_forward(self: Any, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         batch, tokens, _ = x.shape
         qkv = self.qkv(x).reshape(batch, tokens, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
         query, key, value = qkv.unbind(0)
         query, key = self.q_norm(query), self.k_norm(key)
-        out = attend(self, query, key, value, *args, **kwargs)
-        out = self.norm(out.transpose(1, 2).flatten(2))
+        out = attend(self, query, key, value, attn_mask, is_causal)
+        out = out.transpose(1, 2).flatten(2)
+        if hasattr(self, "norm"):
+            out = self.norm(out)
         if getattr(self, "gate", None) is not None:
             out = out * self.gate(x).sigmoid()
         return self.proj_drop(self.proj(out))
@@ -70,9 +74,10 @@ class MergingDiffAttention(PatchedAttention):
     """timm's `DiffAttention`."""
 
     parts = ("qkv", "q_norm", "k_norm", "attn_drop", "norm", "sub_norm", "proj", "proj_drop")
+    reads = ("num_heads", "head_dim", "scale", "lambda_init", "attn_drop_p", "_compute_lambda")
 
-    def merged_forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        out = differential_attend(self, *self.qkv(x).chunk(3, dim=2), *args, **kwargs)
+    def merged_forward(self: Any, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        out = differential_attend(self, *self.qkv(x).chunk(3, dim=2), attn_mask, is_causal)
         return self.proj_drop(self.proj(self.norm(out)))
 
 
@@ -138,17 +143,23 @@ class MergingParallelScalingBlock(PatchedBlock):
         "ls",
         "drop_path",
     )
+    reads: ClassVar[tuple[str, ...]] = ("in_split", "mlp_bias", "num_heads", "scale")
+    may_lack: ClassVar[tuple[str, ...]] = ("out_proj", "attn_out_proj", "mlp_out_proj", "sub_norm")
 
     def stage_forward(self: Any, x: Tensor, reduce: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> Tensor:
         return reduce(self.later_forward(x, *args, **kwargs))
 
     def later_forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        hidden, query, key, value = self.in_proj(self.in_norm(x)).split(self.in_split, dim=-1)
-        if self.mlp_bias is not None:
+        projected = self.in_proj(self.in_norm(x))
+        in_front = getattr(self, "qkv_bias", None)  # as timm before 1.0.25 has the two biases
+        if in_front is not None:
+            projected = projected + torch.cat((in_front, self.mlp_bias))
+        hidden, query, key, value = projected.split(self.in_split, dim=-1)
+        if in_front is None and self.mlp_bias is not None:
             hidden = hidden + self.mlp_bias
         out = self.attention(query, key, value, *args, **kwargs)
         hidden = self.mlp_drop(self.mlp_act(hidden))
-        if self.out_proj is not None:
+        if getattr(self, "out_proj", None) is not None:
             y = self.out_proj(torch.cat((out, hidden), dim=-1))
         else:
             y = self.attn_out_proj(out) + self.mlp_out_proj(hidden)
@@ -164,6 +175,9 @@ class MergingParallelScalingBlock(PatchedBlock):
 
 class MergingDiffParallelScalingBlock(MergingParallelScalingBlock):
     """timm's `DiffParallelScalingBlock`."""
+
+    reads = ("in_split", "mlp_bias", "num_heads", "head_dim", "scale", "lambda_init", "attn_drop_p", "_compute_lambda")
+    may_lack = ("out_proj", "attn_out_proj", "mlp_out_proj")
 
     def attention(self: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return differential_attend(self, query, key, value, *args, **kwargs)
@@ -192,9 +206,8 @@ class VisionTransformerAdapter(Adapter):
         vit.ResPostBlock: MergingResPostBlock,
         vit.ParallelThingsBlock: MergingParallelThingsBlock,
         vit.ParallelScalingBlock: MergingParallelScalingBlock,
-        vit.DiffParallelScalingBlock: MergingDiffParallelScalingBlock,
-    }
-    known_attention = {Attention: MergingAttention, vit.DiffAttention: MergingDiffAttention}
+    } | classes(vit, DiffParallelScalingBlock=MergingDiffParallelScalingBlock)
+    known_attention = {vit.Attention: MergingAttention} | classes(vit, DiffAttention=MergingDiffAttention)
 
     def num_class_tokens(self, model: Any) -> int:
         return int(model.has_class_token) + int(hasattr(model, "dist_token"))

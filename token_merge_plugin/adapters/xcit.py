@@ -23,6 +23,7 @@ class MergingXCA(PatchedAttention):
     """timm's `XCA`, whose products of channels are sums over the tokens."""
 
     parts = ("qkv", "attn_drop", "proj", "proj_drop")
+    reads = ("num_heads", "temperature")
 
     def merged_forward(self: Any, x: Tensor) -> Tensor:
         qkv = self.qkv(x).unflatten(2, (3, self.num_heads, -1))  # [B, K, 3, H, D]
@@ -42,11 +43,12 @@ class MergingXCABlock(PatchedGridBlock):
     """timm's `XCABlock`."""
 
     parts = ("norm1", "attn", "drop_path1", "norm3", "local_mp", "drop_path3", "norm2", "mlp", "drop_path2")
+    reads = ("gamma1", "gamma2", "gamma3")
 
-    def forward(self: Any, x: Tensor, height: int, width: int) -> Tensor:
-        x = self.update_fewer(x, (height, width), lambda x: self.drop_path1(self.gamma1 * self.attn(self.norm1(x))))
-        x = x + self.drop_path3(self.gamma3 * self.local_mp(self.norm3(x), height, width))
-        return self.update_fewer(x, (height, width), lambda x: self.drop_path2(self.gamma2 * self.mlp(self.norm2(x))))
+    def forward(self: Any, x: Tensor, H: int, W: int) -> Tensor:
+        x = self.update_fewer(x, (H, W), lambda x: self.drop_path1(self.gamma1 * self.attn(self.norm1(x))))
+        x = x + self.drop_path3(self.gamma3 * self.local_mp(self.norm3(x), H, W))
+        return self.update_fewer(x, (H, W), lambda x: self.drop_path2(self.gamma2 * self.mlp(self.norm2(x))))
 
 
 @register_adapter(xcit.Xcit)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from token_merge_plugin.adapters import missing
 from token_merge_plugin.cli.options import add_command, share, shows_progress
 from token_merge_plugin.config import METHODS, MergeConfig
 from token_merge_plugin.errors import ConfigError
@@ -51,6 +52,8 @@ def _list(args: argparse.Namespace) -> int:
     print(
         f"\n{models} models, timm {timm.__version__}. GMACs: of {'all' if args.all else 'a typical one'} of the models."
     )
+    for family, reason in missing.items():
+        print(f"Missing: {family}. {reason}")
     return 0
 
 

@@ -14,16 +14,17 @@ from typing import Any, TypeAlias
 import torch
 import torch.nn.functional as F
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import Attention, DropPath, Mlp, resample_abs_pos_embed, to_2tuple, trunc_normal_
+from timm.layers import DropPath, Mlp, resample_abs_pos_embed, to_2tuple, trunc_normal_
 from timm.models import (
     build_model_with_cfg,
-    checkpoint,
     generate_default_cfgs,
     register_model,
     resolve_pretrained_cfg,
 )
 from timm.models._features import feature_take_indices
+from timm.models.vision_transformer import Attention
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 __all__ = ["LVViT"]
 
@@ -265,7 +266,9 @@ class LVViT(nn.Module):
         return torch.cat((self.cls_token.expand(x.shape[0], -1, -1), x), dim=1) + self.pos_embed
 
     def _run(self, block: nn.Module, x: Tensor) -> Tensor:
-        return checkpoint(block, x) if self.grad_checkpointing and torch.is_grad_enabled() else block(x)
+        if self.grad_checkpointing and torch.is_grad_enabled():
+            return checkpoint(block, x, use_reentrant=False)
+        return block(x)
 
 
 def random_box(height: int, width: int) -> Box:

@@ -45,9 +45,11 @@ class _Counter(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
         count = flop_registry.get(func._overloadpacket)
-        if count is None and func._can_decompose():
+        if count is None:
             with self:
-                return func.decompose(*args, **kwargs)
+                parts = func.decompose(*args, **kwargs)
+            if parts is not NotImplemented:
+                return parts
         result = func(*args, **kwargs)
         if count is not None:
             self.flops += count(*args, **kwargs, out_val=result)

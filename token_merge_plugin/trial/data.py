@@ -26,7 +26,6 @@ import torch
 from PIL import Image
 from timm.data import create_dataset, create_loader, create_transform, get_img_extensions
 from timm.data.loader import fast_collate
-from timm.data.readers.targets import has_field
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 from torchvision.transforms.functional import to_pil_image
@@ -496,11 +495,25 @@ def _open_named(
         raise DataError(
             f"{dataset} has no images in {reader.image_key!r}. Its fields: {', '.join(fields)} (--input-key)."
         )
-    labelled = not unlabelled and all(has_field(fields, key) for key in reader.target_keys or [reader.label_key])
+    labelled = not unlabelled and all(_has_field(fields, key) for key in _label_keys(reader))
     if not labelled:
         # timm's reader always looks for a label: any field that is there will do.
         reader.label_key, reader.target_keys = reader.image_key, None
     return _Images(reader, mode, labelled), classes
+
+
+def _label_keys(reader: Any) -> list[str]:
+    """Return the names of the fields that a reader of timm takes labels from; older ones know a single one."""
+    return getattr(reader, "target_keys", None) or [reader.label_key]
+
+
+def _has_field(fields: Any, name: str) -> bool:
+    """Return whether there is a field of that name, or of that path in newer versions of timm."""
+    try:
+        from timm.data.readers.targets import has_field
+    except ImportError:
+        return name in fields
+    return has_field(fields, name)
 
 
 def _create(dataset: str, source: str | Path | None, split: str, mode: str, keys: dict[str, Any]) -> Any:

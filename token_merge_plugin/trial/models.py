@@ -9,15 +9,8 @@ from typing import Any
 
 import timm
 import torch
-from timm.data import ImageNetInfo, infer_imagenet_subset, resolve_input_data_config
-from timm.models import (
-    get_pretrained_cfg,
-    load_checkpoint,
-    load_state_dict,
-    parse_model_name,
-    resolve_model_input_args,
-    split_model_name_tag,
-)
+from timm.data import ImageNetInfo, infer_imagenet_subset, resolve_data_config
+from timm.models import get_pretrained_cfg, load_checkpoint, load_state_dict, parse_model_name, split_model_name_tag
 from torch import Tensor, nn
 
 from token_merge_plugin.builtin import CLASSES, MEAN, STD, create_reference_model
@@ -99,10 +92,20 @@ def _timm_model(name: str, pretrained: bool, read: bool, **options: Any) -> nn.M
         _check_served(name, options)
     try:
         if options["img_size"] is not None:  # only models that are built for one size take the argument
-            options["img_size"] = resolve_model_input_args(name, {"img_size": options["img_size"]}).get("img_size")
+            options["img_size"] = _built_for(name, options["img_size"])
         return timm.create_model(name, pretrained=pretrained, **options)
     except Exception as error:  # the network, the hub and the model's own code raise classes of every kind
         raise _creation_error(name, pretrained, options, error) from error
+
+
+def _built_for(name: str, img_size: int) -> int | None:
+    """Return the argument `img_size` that a model is made with; None where it takes any size, and no such argument."""
+    try:
+        from timm.models import resolve_model_input_args
+    except ImportError:  # timm before 1.0.31, of which the same is asked
+        cfg = get_pretrained_cfg(name)
+        return img_size if cfg is None or cfg.fixed_input_size else None
+    return resolve_model_input_args(name, {"img_size": img_size}).get("img_size")
 
 
 def _reference_model(pretrained: bool) -> nn.Module:
@@ -241,9 +244,20 @@ def data_config(
         "std": std,
     }
     try:
-        return resolve_input_data_config(model, overrides, use_test_size=True)
+        return _resolve(model, overrides)
     except ValueError as error:
         raise ConfigError(str(error)) from error
+
+
+def _resolve(model: Any, overrides: dict[str, Any]) -> dict[str, Any]:
+    try:
+        from timm.data import resolve_input_data_config
+    except ImportError:  # timm before 1.0.31, whose validate.py does this
+        cfg = model.pretrained_cfg
+        given = {name: value for name, value in overrides.items() if value is not None}
+        given["in_chans"] = cfg["input_size"][0]
+        return resolve_data_config(given, model=model, use_test_size=not cfg.get("fixed_input_size", False))
+    return resolve_input_data_config(model, overrides, use_test_size=True)
 
 
 def _check_choice(name: str, value: str | None, allowed: Sequence[str]) -> None:

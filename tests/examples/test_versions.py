@@ -1,0 +1,29 @@
+"""examples/versions.py, without what it is for: that takes minutes and gigabytes for each environment."""
+
+import tomllib
+import versions
+from checks import REPOSITORY
+from packaging.requirements import Requirement
+from packaging.version import Version
+
+
+def lowest():
+    return {Requirement(package).name: package.partition("==")[2] for package in versions.ENVIRONMENTS[0].packages}
+
+
+def test_the_lowest_environment_is_what_the_package_asks_for():
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+    for requirement in map(Requirement, project["dependencies"]):
+        (floor,) = requirement.specifier
+        assert floor.operator == ">="
+        assert Version(floor.version) == Version(lowest()[requirement.name])
+
+
+def test_the_closing_line_of_pytest_is_counted():
+    lines = [
+        "= FAILURES =\n",
+        "FAILED tests/test.py::test - 1 passed\n",
+        "2 failed, 497 passed, 7 skipped in 40.6s (0:07:00)\n",
+    ]
+    assert versions.counts(lines) == {"failed": 2, "passed": 497, "skipped": 7}
+    assert versions.counts(["nothing\n"]) == {}
