@@ -28,16 +28,13 @@ CONTRACTS = (
     "test_the_table_has_models_of_every_family",
     "test_patched_and_removed",
     "test_stages_that_keep_every_token_give_the_unpatched_output",
-    "test_what_is_read_of_a_module_is_declared",
     "test_intermediate_features_keep_their_shapes",
     "test_feature_extractors_keep_their_shapes",
     "test_an_image_does_not_depend_on_the_others_of_its_batch",
 )
 FAST = (
-    "tests/method",
+    *(f"tests/method/test_{part}.py" for part in ("attention", "importance", "merging", "offsets")),
     "tests/test_config.py",
-    "tests/test_patching.py",
-    "tests/cli/test_list.py",
     *(f"tests/test_families.py::{test}" for test in CONTRACTS),
 )
 TOOLS = ("pytest", "pytest-xdist", "hypothesis")
@@ -126,8 +123,8 @@ def page(outcomes: Sequence[Outcome]) -> str:
             "",
             "Written by `examples/versions.py`: the fast part of the tests in an environment of each, on a CPU. For",
             "every family that is served, one small model of each of its kinds: keep rate 1, merging, `remove` bit for",
-            "bit, stages that keep every token, shapes, images on their own; and the tests of the method, of `apply`",
-            "and of `token-merge list`. Models that a timm does not have are left out: pytest says which.",
+            "bit, stages that keep every token, shapes, images on their own; and the tests of the method",
+            "and of its options. Models that a timm does not have are left out: pytest says which.",
             "",
             "| environment | torch | timm | wrapt | Python | families | missing | passed | failed | skipped |",
             "|---|---|---|---|---|---:|---|---:|---:|---:|",
