@@ -230,7 +230,7 @@ class PatchedModel(Patched):
 
     def head_reads_grid(self) -> bool:
         """Return whether the model's head reads image tokens, and not the class token alone."""
-        as_timm = self._token_merge_as_timm and not any(name in vars(self) for name in _READERS)
+        as_timm = self._token_merge_as_timm and not any(name in self.__dict__ for name in _READERS)
         by_class_token = self._token_merge.plan.num_class_tokens > 0 and getattr(self, "global_pool", None) == "token"
         return not (as_timm and by_class_token)
 
