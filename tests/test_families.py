@@ -75,7 +75,9 @@ def test_patched_and_removed(kind):
     assert torch.equal(apply(model, 1.0)(x), output)
     assert fingerprint(model) == before
 
-    assert apply(model, 0.6) is model
+    # The convolutions of a hybrid stay as they are, and its four tokens are rounded up in every stage.
+    hybrid = kind == "ViT behind a ResNet"
+    assert apply(model, 0.3 if hybrid else 0.6) is model
     assert fingerprint(model) != before
     assert list(model.state_dict()) == before["keys"]
     model.load_state_dict(tensors, strict=True)
@@ -86,8 +88,7 @@ def test_patched_and_removed(kind):
     assert not torch.equal(merged, output)
     if "encoder" not in kind:  # timm's encoders of language models have no head
         torch.testing.assert_close(model.forward_head(merged_features), merged)
-    # The convolutions of a hybrid stay as they are, and its few tokens are rounded up in every stage.
-    assert count_macs(model, x) < (0.95 if kind == "ViT behind a ResNet" else 0.9) * macs
+    assert count_macs(model, x) < (0.95 if hybrid else 0.9) * macs
 
     assert remove(model) is model
     assert fingerprint(model) == before
