@@ -214,7 +214,7 @@ def check_new_keep_rate_after_fsdp(rank, world_size):
     for p, q in zip(model.parameters(), reference.parameters(), strict=True):
         torch.testing.assert_close(p.grad.full_tensor(), q.grad, rtol=1e-4, atol=1e-5)
     output = model(x).detach()
-    for other in ({"keep_rate": 1.0}, {"keep_rate": {0: 0.5}, "multi_scale": "learned"}):
+    for other in ({"keep_rate": 1.0}, {"keep_rate": {1: 0.5}, "multi_scale": "learned"}):
         with pytest.raises(PatchStateError, match="Keep rates may change"):
             apply(model, **other)
     assert torch.equal(model(x).detach(), output)

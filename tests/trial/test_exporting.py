@@ -36,19 +36,18 @@ def small(**options):
 
 @pytest.fixture(scope="module", params=RUNTIMES)
 def exported(request, tmp_path_factory):
-    """A model exported to each runtime, with a dynamic batch: (model, result)."""
+    """A model exported to each runtime, with a dynamic batch: (runtime, model, result)."""
     to = request.param
     file = tmp_path_factory.mktemp(to) / f"model{SUFFIXES[to]}"
     model = small()
     x = images("ViT", batch=9)
     rounds = int(to == "torch")  # of the others, two models would take half a minute
-    return model, export(model, file, to, 0.6, images=x, dynamic_batch=True, rounds=rounds)
+    return RUNTIMES[to], model, export(model, file, to, 0.6, images=x, dynamic_batch=True, rounds=rounds)
 
 
 @torch.no_grad()
 def test_a_file_gives_what_the_model_gives_at_any_batch(exported):
-    model, result = exported
-    runtime = next(r for r in RUNTIMES.values() if r.version() == result.runtime and r.suffix == result.files[0].suffix)
+    runtime, model, result = exported
     patched = apply(make("ViT", depth=2), 0.6)
     assert not torch.allclose(patched(images("ViT")), model(images("ViT")), atol=1e-4)
     run = runtime.load(result.files[0])
@@ -62,7 +61,7 @@ def test_a_file_gives_what_the_model_gives_at_any_batch(exported):
 
 
 def test_a_file_is_described_and_timed(exported):
-    _, result = exported
+    *_, result = exported
     assert result.size == sum(file.stat().st_size for file in result.files)
     assert {file.name for file in result.files[0].parent.iterdir()} == {file.name for file in result.files}
     timed = bool(result.speed_ups)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from token_merge_plugin.errors import ConfigError, DataError
+from token_merge_plugin.patching import remove
 from token_merge_plugin.trial.dense import Head, read, relative_errors
 from token_merge_plugin.trial.measuring import device_of
 
@@ -22,7 +23,7 @@ class Unpatched:
     by the relative error |patched - unpatched| / |unpatched|.
 
     Args:
-        model: an unpatched model in eval mode.
+        model: in eval mode. It is left unpatched.
         batches: images, [B, C, H, W] each, on any device.
         head: takes what `forward_features` returns, and returns a tensor with a row for each image, or several.
 
@@ -35,7 +36,7 @@ class Unpatched:
     """
 
     def __init__(self, model: nn.Module, batches: Sequence[Tensor], head: Head | None = None):
-        self._model, self._batches, self._device = model, batches, device_of(model)
+        self._model, self._batches, self._device = remove(model), batches, device_of(model)
         self._output, self.measure = _what_counts(model, head)
         self._classifies = self._output is model and _is_of_classes(model(self._on_device(0)[:1]))
         if self._classifies:
