@@ -102,13 +102,13 @@ def main() -> None:
     model = timm.create_model(args.model).eval().to(device, dtype)
     size = timm.data.resolve_data_config(model=model)["input_size"]
     images = torch.randn(args.batch_size, *size, device=device, dtype=dtype)
-    contenders = [("merge", "", 1.0)]
+    contenders = [("unpatched", "", 1.0)]
     for method in args.methods:
         schedules = args.schedules if method == "merge" else ["default"]
         contenders += [(method, schedule, rate) for schedule in schedules for rate in args.keep_rates]
     configs = [
         token_merge_plugin.MergeConfig(rate, method=method, schedule=schedule if schedule in SCHEDULES else None)
-        for method, schedule, rate in contenders
+        for method, schedule, rate in [("merge", "", 1.0), *contenders[1:]]
     ]
     macs = [count_macs(token_merge_plugin.apply(model, config), images[:1]) for config in configs]
     seconds = time_in_turns(model, configs, images, rounds=args.rounds, seconds=math.inf)
