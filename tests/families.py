@@ -340,22 +340,14 @@ KINDS = {kind: entry for table in FAMILIES.values() for kind, entry in table.ite
 
 # Of each family one, and those whose forward is another than its: for checks that take seconds a model.
 DIFFERENT = [next(iter(table)) for table in FAMILIES.values()] + [
-    "ViT, parallel",
     "ViT, parallel, differential attention",
-    "ViT, differential attention",
-    "ViT, registers",
     "ViT, no class token, average",
-    "ViT, average",
     "ViT, any image size",
     "DeiT, distilled",
-    "test_vit3",
     "RoPE ViT, mixed",
     "DINOv3",
-    "relative position, shared",
     "NaFlexViT, grouped queries, RoPE, gated",
     "Swin V2",
-    "Swin V2 cr",
-    "MaxViT, parallel",
     "CoAtNet",
     "SAM, RoPE",
     "Twins-SVT",
