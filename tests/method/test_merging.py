@@ -233,7 +233,8 @@ def test_equal_tokens_go_before_any_other_does(case):
     x, size, _, keep = case
     x = torch.cat((x, 1 + x[:, :, :1] ** 2), dim=2)[:, torch.arange(x.shape[1]) % keep]
     crucial, rest, target = assign(merge_cost(x, torch.ones_like(size)), keep / x.shape[1])
-    torch.testing.assert_close(take(x, rest), take(x, crucial.gather(1, target)))
+    # Costs are in single precision: tokens that differ by less than that are equal.
+    torch.testing.assert_close(take(x, rest), take(x, crucial.gather(1, target)), rtol=1e-3, atol=1e-3)
 
 
 @given(cases())
