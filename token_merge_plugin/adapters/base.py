@@ -237,7 +237,8 @@ class PatchedModel(Patched):
     def _is_watched(self) -> bool:
         """Return whether hooks may look at image tokens behind the attention of the last block."""
         adapter: Any = find_adapter(self)
-        modules = itertools.chain(self.children(), adapter.blocks(self)[-1].modules())
+        children = (child for name, child in self.named_children() if name != "patch_embed")
+        modules = itertools.chain(children, adapter.blocks(self)[-1].modules())
         return _has_hooks(torch.nn.modules.module) or any(map(_has_hooks, modules))
 
     def forward_features(self, *args: Any, **kwargs: Any) -> Any:
