@@ -6,11 +6,14 @@ import os
 import pickle
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
+
+from token_merge_plugin.trial.runtimes import Contents, TorchExport
 
 REPOSITORY = Path(__file__).parents[1]
 EXAMPLES = REPOSITORY / "examples"
@@ -34,6 +37,23 @@ def tensors(output):
         return [output]
     parts = output.values() if isinstance(output, dict) else output if isinstance(output, (tuple, list)) else ()
     return [tensor for part in parts for tensor in tensors(part)]
+
+
+class Kept(TorchExport):
+    """Keeps the model as it is, which takes no time: for what is done around the export."""
+
+    def program(self, model, images, dynamic_batch):
+        return model
+
+    def save(self, program, path):
+        torch.save(program, path)
+
+    def load(self, path):
+        model = torch.load(path, weights_only=False)
+        return lambda x: tensors(model(x))
+
+    def contents(self, program, path):
+        return Contents("kept", {"matmul": 2}, ())
 
 
 def calls(model, images):
@@ -154,3 +174,13 @@ def interrupted(call, at, inside, error=KeyboardInterrupt):
     finally:
         sys.settrace(outer)
     return lines
+
+
+@contextmanager
+def default_dtype(dtype):
+    """What a program does that calls torch.set_default_dtype for other tensors."""
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)

@@ -9,7 +9,7 @@ from functools import cache, partial
 
 import pytest
 import torch
-from checks import gradients, shapes, tensors
+from checks import default_dtype, gradients, shapes, tensors
 from families import FAMILIES, KINDS, images, make
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
@@ -310,11 +310,8 @@ def test_another_patch_embedding_is_noticed(kind):
 def test_another_default_dtype_changes_nothing(kind, dtype):
     model, x = apply(small(kind), 0.6), images(kind)
     expected = model(x)
-    torch.set_default_dtype(dtype)
-    try:
+    with default_dtype(dtype):
         output = model(x)
-    finally:
-        torch.set_default_dtype(torch.float32)
     torch.testing.assert_close(output, expected, rtol=0, atol=0)
 
 

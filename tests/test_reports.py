@@ -13,7 +13,7 @@ import onnxruntime
 import pytest
 import timm
 import torch
-from checks import gradients, run_program, set_fused_attention, shapes
+from checks import default_dtype, gradients, run_program, set_fused_attention, shapes
 from families import FAMILIES, images, make
 from timm.models.vision_transformer import VisionTransformer
 from timm.utils import AttentionExtract
@@ -228,11 +228,8 @@ def test_another_default_dtype_changes_nothing(kind, dtype):
     """torch.set_default_dtype is called somewhere else in the program, for other tensors."""
     model, x = apply(make(kind), 0.6), images(kind)
     expected = model(x)
-    torch.set_default_dtype(dtype)
-    try:
+    with default_dtype(dtype):
         assert torch.equal(model(x), expected)
-    finally:
-        torch.set_default_dtype(torch.float32)
 
 
 @pytest.mark.parametrize("kind", ["EVA-02", "DINOv3"])

@@ -345,8 +345,7 @@ def _changes(model: Any, adapter: Adapter, config: MergeConfig, learned: list[Mu
         sections, default = adapter.sections(model), adapter.default_stages(model)
         class_tokens, grid_size = adapter.num_class_tokens(model), adapter.grid_size(model)
         num_prefix_tokens = adapter.num_prefix_tokens(model)
-    if adapter.model_mixin is not None:
-        check_structure(model, adapter.model_mixin)
+    check_structure(model, adapter.model_mixin)
     if config.num_prefix_tokens is not None:
         if adapter.on_entry or config.num_prefix_tokens < num_prefix_tokens:
             raise ConfigError(

@@ -2,29 +2,12 @@
 
 import pytest
 import torch
-from checks import draw_two_classes
+from checks import Kept, draw_two_classes
 
 from token_merge_plugin import MergeConfig, apply
 from token_merge_plugin.builtin import create_reference_model, load_images
 from token_merge_plugin.cli import main
-from token_merge_plugin.trial.runtimes import RUNTIMES, Contents, TorchExport
-
-
-class Kept(TorchExport):
-    """Keeps the model as it is, which takes no time: for what is done around the export."""
-
-    def program(self, model, images, dynamic_batch):
-        return model
-
-    def save(self, program, path):
-        torch.save(program, path)
-
-    def load(self, path):
-        model = torch.load(path, weights_only=False)
-        return lambda x: [model(x)]
-
-    def contents(self, program, path):
-        return Contents("kept", {"matmul": 2}, ())
+from token_merge_plugin.trial.runtimes import RUNTIMES
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ import sys
 import onnx
 import pytest
 import torch
-from checks import tensors
+from checks import Kept
 from families import FAMILIES, fingerprint, images, make
 from onnx import TensorProto, helper
 from torch import nn
@@ -24,7 +24,7 @@ from token_merge_plugin import (
 )
 from token_merge_plugin.method.merging import assign
 from token_merge_plugin.trial import exporting
-from token_merge_plugin.trial.runtimes import RUNTIMES, Contents, OpenVino, TorchExport
+from token_merge_plugin.trial.runtimes import RUNTIMES, OpenVino
 
 SUFFIXES = {to: runtime.suffix for to, runtime in RUNTIMES.items()}
 
@@ -79,23 +79,6 @@ def test_a_file_is_described_and_timed(exported):
         *(["speed-up over the unpatched model, exported likewise: batch 1 "] if timed else []),
     ):
         assert part in text
-
-
-class Kept(TorchExport):
-    """Keeps the model as it is, which takes no time: for what is done around the export."""
-
-    def program(self, model, images, dynamic_batch):
-        return model
-
-    def save(self, program, path):
-        torch.save(program, path)
-
-    def load(self, path):
-        model = torch.load(path, weights_only=False)
-        return lambda x: tensors(model(x))
-
-    def contents(self, program, path):
-        return Contents("kept", {}, ())
 
 
 class Wrong(Kept):

@@ -98,30 +98,29 @@ def assign(cost: Tensor, keep_rate: float, real: Tensor | None = None) -> Assign
     number = goes
     if real is not None:
         cost = cost.masked_fill(real[:, :, None] != real[:, None, :], math.inf)
-        goes = real.sum(dim=1, keepdim=True) - _quota(real, keep_rate)
-    order = _order(cost, real)
+        quota = _quota(real, keep_rate)
+        goes = real.sum(dim=1, keepdim=True) - quota
+    # Two tokens that are nearest to each other cost the same, but for rounding: the first of them is to be cheaper.
+    tie = 1 + 1e-6 * torch.arange(tokens, dtype=torch.float32, device=cost.device)
+    order = _order(cost, tie, real)
     for round_ in range(ROUNDS):
         place = order.argsort(dim=1)
         if round_ > 0:  # a token that stays is compared with dearer ones that do, any other with all that stay
             place = place.masked_fill(place < goes, -1)
         # By arithmetic, for matrices of bools take several times as long.
         dear = place.float() * PROHIBITIVE
-        order = _order(torch.maximum(cost, (dear + PROHIBITIVE / 2).unsqueeze(2) - dear.unsqueeze(1)), real)
+        order = _order(torch.maximum(cost, (dear + PROHIBITIVE / 2).unsqueeze(2) - dear.unsqueeze(1)), tie, real)
     if real is not None:
-        place = order.argsort(dim=1)
-        # First go real tokens as said, then padding, then the other real tokens.
-        order = torch.where(real, (place >= goes) * 2 * tokens + place, tokens).argsort(dim=1)
+        order = _with_padding(order.argsort(dim=1).masked_fill(~real, -1), quota, real).argsort(dim=1)
     rest, stay = order[:, :number], order[:, number:].sort(dim=1).values
     return Assignment(stay, rest, match(cost, stay, rest))
 
 
-def _order(cost: Tensor, real: Tensor | None) -> Tensor:
-    """Return the indices of the tokens by what their cheapest merges cost, padding last: [B, T, T] -> [B, T]."""
+def _order(cost: Tensor, tie: Tensor, real: Tensor | None) -> Tensor:
+    """Return the indices of the tokens by what their cheapest merges cost, times `tie` [T], padding last: [B, T]."""
     # OpenVINO 2026.4 joins a reduction and the product with a constant behind it, wrongly from two images on. It does
     # not where the dimension is kept at first.
-    cheapest = cost.amin(dim=2, keepdim=True).squeeze(2)
-    # Two tokens that are nearest to each other cost the same, but for rounding: the first of them is to be cheaper.
-    cheapest = cheapest * (1 + 1e-6 * torch.arange(cost.shape[1], dtype=torch.float32, device=cost.device))
+    cheapest = cost.amin(dim=2, keepdim=True).squeeze(2) * tie
     if real is not None:
         cheapest = cheapest.masked_fill(~real, math.inf)
     return cheapest.argsort(dim=1)

@@ -114,9 +114,10 @@ class Pass:
         if bias is None:
             return None
         bias = bias.unsqueeze(0) if bias.dim() == 3 else bias
-        if self.merged is not None:
-            self.check_positions(bias.shape[-1] - self.num_prefix_tokens)
-        return bias if self.merged is None else position_bias_of_tokens(bias, self.num_prefix_tokens, self.merged)
+        if self.merged is None:
+            return bias
+        self.check_positions(bias.shape[-1] - self.num_prefix_tokens)
+        return position_bias_of_tokens(bias, self.num_prefix_tokens, self.merged)
 
     def check_positions(self, count: int) -> None:
         """Refuse what belongs to another number of patches, of which tokens would take what is not theirs.

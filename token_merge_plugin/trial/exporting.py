@@ -14,7 +14,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from token_merge_plugin.config import KeepRate, MergeConfig
 from token_merge_plugin.errors import DataError, ExportError, counted, first_line
@@ -23,7 +22,7 @@ from token_merge_plugin.trial.fusion import remember, remembered, with_fusion
 from token_merge_plugin.trial.images import AnyImages, collect_images
 from token_merge_plugin.trial.measuring import check_images, device_of, plan, take_turns
 from token_merge_plugin.trial.models import data_config, load_model
-from token_merge_plugin.trial.runtimes import Contents, Run, Runtime, find_runtime
+from token_merge_plugin.trial.runtimes import Contents, Run, Runtime, find_runtime, tensors_of
 from token_merge_plugin.trial.speed import median_interval, speed_ups
 from token_merge_plugin.trial.table import format_speed_up
 
@@ -253,7 +252,7 @@ def _compared(
     for size in sizes:
         last = size == sizes[-1]
         for batch in images.split(size) if last else [images[:size]]:
-            outputs, expected = run(batch), [x for x in tree_leaves(model(batch)) if isinstance(x, Tensor)]
+            outputs, expected = run(batch), tensors_of(model(batch))
             for output, right in zip(outputs, expected, strict=True):
                 difference = _difference(output, right)
                 # `max` would lose a difference that is no number.

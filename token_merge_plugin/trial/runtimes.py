@@ -192,7 +192,7 @@ class TorchExport(Runtime):
 
     def load(self, path: Path) -> Run:
         module = torch.export.load(path).module()
-        return lambda images: _tensors(module(images))
+        return lambda images: tensors_of(module(images))
 
     def contents(self, program: ExportedProgram, path: Path) -> Contents:
         names = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
@@ -210,7 +210,7 @@ class AotInductor(TorchExport):
 
     def load(self, path: Path) -> Run:
         module = torch._inductor.aoti_load_package(str(path))
-        return lambda images: _tensors(module(images))
+        return lambda images: tensors_of(module(images))
 
 
 RUNTIMES: dict[str, Runtime] = {
@@ -234,7 +234,8 @@ def find_runtime(to: str) -> Runtime:
     return RUNTIMES[to]
 
 
-def _tensors(output: Any) -> list[Tensor]:
+def tensors_of(output: Any) -> list[Tensor]:
+    """Return the tensors of an output, in order."""
     return [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
 
 
