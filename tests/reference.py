@@ -43,7 +43,9 @@ def schedule(depth, options):
         weights = [(block + 1) ** 2 if method == "late_tome" else 1 for block in range(depth)]
         rates = of_equal_work(dict.fromkeys(quarters, rate), weights, 0.5)
         amounts = {block: max(0.5, share) for block, share in enumerate(rates)}
-    elif options["schedule"] == "equal_numbers" or (options["schedule"], stages, method) == (None, None, "merge"):
+    elif options["schedule"] == "equal_numbers" or (
+        (options["schedule"], stages, method) == (None, None, "merge") and rate < 2 / 3
+    ):
         if stages is None:
             stages = {depth * twelfth // 12 for twelfth in (1, 3, 5, 7, 9)} - {depth - 1} or {0}
         rates = of_equal_work(dict.fromkeys(quarters, rate), [block in stages for block in range(depth)], 0.8)

@@ -31,6 +31,9 @@ DROPPING = ("ppt", "prune", "random")
 PROPORTIONAL = ("merge", "tome", "late_tome", "ppt")
 # Equal numbers: no stage merges a larger share of its tokens than this, unless all do.
 LARGEST_CUT = 0.2
+# From this keep rate on, three stages of it lose as little as five smaller ones, and take less time for choosing: on a
+# pretrained ViT-S (examples/results/dense.md, speed.md).
+EQUAL_RATES_FROM = 2 / 3
 
 
 class MergeOptions(TypedDict, total=False):
@@ -68,8 +71,8 @@ class MergeConfig:
             but at most a fifth of those that it has, or the same share, a larger one, where that leaves too much work;
             five stages at odd twelfths of the depth (blocks 1, 3, 5, 7 and 9 of 12) if none are given. "equal_rates":
             each stage keeps the share `keep_rate`; three stages at 1/4, 1/2 and 3/4 of the depth, or those that a
-            family does best with, if none are given. None: equal rates where stages are given, or where blocks give
-            back the grid; else equal numbers.
+            family does best with, if none are given. None: equal rates where no stage merges more than a third of its
+            tokens, where stages are given, or where blocks give back the grid; else equal numbers.
         importance: whose attention says how much an image token matters. "auto": that of the class token, if there is
             one, and that of 16 image tokens, evenly spaced, which stand for all; where tokens are merged before they
             attend, nobody's. "class_attention": that of the class token alone (and of DeiT's distillation token).
@@ -204,7 +207,7 @@ class MergeConfig:
             depth: number of blocks.
             default: the stages of equal rates if none were asked for; None for 1/4, 1/2 and 3/4 of the depth.
             sections: runs of blocks through which tokens may stay fewer; None for one that is all of them.
-            by_number: the model's default schedule is one of equal numbers.
+            by_number: the model's default schedule is one of equal numbers where much is merged.
 
         Raises:
             ConfigError: a block index does not exist, or the number of keep rates is not that of the stages.
@@ -234,7 +237,8 @@ class MergeConfig:
             return dict(zip(stages, self.keep_rate, strict=True))
         assert isinstance(self.keep_rate, float)
         every_block = self.method in EVERY_BLOCK and stages is None
-        numbers = self.schedule == "equal_numbers" or (self.schedule is None and stages is None and by_number)
+        many = by_number and self.keep_rate < EQUAL_RATES_FROM
+        numbers = self.schedule == "equal_numbers" or (self.schedule is None and stages is None and many)
         if not every_block and (not numbers or self.method != "merge"):
             return dict.fromkeys(default if stages is None else stages, self.keep_rate)
         amounts: dict[int, Amount] = {}

@@ -741,9 +741,17 @@ class GridAdapter(Adapter):
     restores = "behind each block"
     on_entry = True
     model_mixin: ClassVar[type[Patched]] = PatchedGridModel
+    # Blocks of fewer channels are left alone by default, as long as there are others: where windows are small, choosing
+    # among their tokens takes as long as is saved (examples/results/speed.md).
+    least_channels: ClassVar[int] = 0
 
     def default_stages(self, model: Any) -> tuple[int, ...]:
-        return tuple(range(len(self.blocks(model))))
+        blocks = self.blocks(model)
+        if not self.least_channels:
+            return tuple(range(len(blocks)))
+        channels = [self.layers(block)[0].proj.weight.shape[0] for block in blocks]
+        wide = tuple(index for index, width in enumerate(channels) if width >= self.least_channels)
+        return wide or tuple(range(len(blocks)))
 
     def num_prefix_tokens(self, model: Any) -> int:
         return 0

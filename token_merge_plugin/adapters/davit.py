@@ -101,6 +101,7 @@ class DaVitAdapter(GridAdapter):
     family = "DaViT"
     timm_modules = ("davit",)
     example = "davit_tiny"
+    least_channels = 192
     reduces = "tokens, in window attention, channel attention and MLP"
     restores = "behind each of them"
     known_blocks = {davit.SpatialBlock: MergingSpatialBlock, davit.ChannelBlock: MergingChannelBlock}

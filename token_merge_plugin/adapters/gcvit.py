@@ -66,6 +66,7 @@ class GlobalContextVitAdapter(GridAdapter):
     family = "GCViT"
     timm_modules = ("gcvit",)
     example = "gcvit_tiny"
+    least_channels = 192
     known_blocks = {gcvit.GlobalContextVitBlock: MergingGlobalContextBlock}
     known_attention = {gcvit.WindowAttentionGlobal: MergingGlobalAttention}
 

@@ -178,6 +178,7 @@ class MaxxVitAdapter(GridAdapter):
     family = "MaxViT and CoAtNet"
     timm_modules = ("maxxvit",)
     example = "maxvit_tiny_tf_224"
+    least_channels = 192
     reduces = "tokens of each window or group, or of each cell of the grid, in attention and MLP"
     known_blocks = {
         maxxvit.PartitionAttentionCl: MergingPartitionBlock,

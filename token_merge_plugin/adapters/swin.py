@@ -141,6 +141,7 @@ class SwinTransformerAdapter(GridAdapter):
     family = "Swin"
     timm_modules = ("swin_transformer", "swin_transformer_v2", "swin_transformer_v2_cr")
     example = "swin_tiny_patch4_window7_224"
+    least_channels = 192
     known_blocks = {
         swin.SwinTransformerBlock: MergingSwinBlock,
         swin_v2.SwinTransformerV2Block: MergingPostNormSwinBlock,
@@ -159,7 +160,9 @@ class SwinTransformerAdapter(GridAdapter):
         # Not those of the network's last stage, as long as there are others. Its few tokens are what the output is made
         # of: on a trained model they cost more accuracy for each multiply-add saved than all others.
         depths = [len(stage.blocks) for stage in _stages(model)]
-        return tuple(range(sum(depths[:-1]) or sum(depths)))
+        last = sum(depths[:-1]) or sum(depths)
+        wide = super().default_stages(model)
+        return tuple(block for block in wide if block < last) or tuple(range(last))
 
 
 def _stages(model: Any) -> Any:

@@ -96,6 +96,7 @@ class TwinsAdapter(GridAdapter):
     family = "Twins"
     timm_modules = ("twins",)
     example = "twins_svt_small"
+    least_channels = 192
     reduces = "tokens of each window, or of each cell of the grid as queries, in attention and MLP"
     known_attention = {
         twins.LocallyGroupedAttn: MergingLocalAttention,

@@ -104,14 +104,14 @@ def assign(cost: Tensor, keep_rate: float, real: Tensor | None = None) -> Assign
     tie = 1 + 1e-6 * torch.arange(tokens, dtype=torch.float32, device=cost.device)
     order = _order(cost, tie, real)
     for round_ in range(ROUNDS):
-        place = order.argsort(dim=1)
+        place = _inverse(order)
         if round_ > 0:  # a token that stays is compared with dearer ones that do, any other with all that stay
             place = place.masked_fill(place < goes, -1)
         # By arithmetic, for matrices of bools take several times as long.
         dear = place.float() * PROHIBITIVE
         order = _order(torch.maximum(cost, (dear + PROHIBITIVE / 2).unsqueeze(2) - dear.unsqueeze(1)), tie, real)
     if real is not None:
-        order = _with_padding(order.argsort(dim=1).masked_fill(~real, -1), quota, real).argsort(dim=1)
+        order = _with_padding(_inverse(order).masked_fill(~real, -1), quota, real).argsort(dim=1)
     rest, stay = order[:, :number], order[:, number:].sort(dim=1).values
     return Assignment(stay, rest, match(cost, stay, rest))
 
@@ -204,7 +204,11 @@ def _with_padding(score: Tensor, quota: Tensor, real: Tensor) -> Tensor:
 
 def _rank(score: Tensor) -> Tensor:
     """Return the place of each token in the descending order of the scores: [B, T], from 0."""
-    order = score.argsort(dim=1, descending=True)
+    return _inverse(score.argsort(dim=1, descending=True))
+
+
+def _inverse(order: Tensor) -> Tensor:
+    """Return the place of each index in permutations [B, T]: what sorting them again would, but cheaper."""
     place = torch.arange(order.shape[1], device=order.device).expand_as(order)
     return torch.empty_like(order).scatter(1, order, place)
 
