@@ -1,10 +1,11 @@
-"""Grad-CAM on a patched model: hooks see the whole patch grid within `full_grid`.
+"""Grad-CAM on a patched model: a hook on a block sees the whole patch grid.
 
     python examples/grad_cam.py IMAGE --model deit_small_patch16_224.fb_in1k --output cam.png
     python examples/grad_cam.py            # the built-in model, on the first of its images
 
-Grad-CAM (Selvaraju et al. 2017) weighs the channels of a block's output by the mean of their gradients. From the first
-stage on a patched block returns fewer tokens than the grid has patches; within `full_grid` it gives the grid back.
+Grad-CAM (Selvaraju et al. 2017) weighs the channels of a block's output by the mean of their gradients. A patched model
+whose blocks have hooks gives each of them the grid back, so nothing here is of token merging but the line that applies
+it. A hook inside of a block, on a norm say, sees merged tokens; `token_merge_plugin.restore` gives those back.
 """
 
 import argparse
@@ -32,8 +33,7 @@ def grad_cam(model: nn.Module, block: nn.Module, images: Tensor, grid_size: tupl
     seen: list[Tensor] = []
     hook = block.register_forward_hook(lambda module, args, output: seen.append(output))
     try:
-        with token_merge_plugin.full_grid(model):
-            logits = model(images)
+        logits = model(images)
     finally:
         hook.remove()
     (tokens,) = seen

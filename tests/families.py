@@ -249,7 +249,7 @@ FAMILIES = {
         "DaViT of Florence-2": ("davit_base_fl", STEPS | {"num_classes": 5}),
     },
     "gcvit": {
-        "GCViT": ("gcvit_xxtiny", {"embed_dim": 32, "layer_scale": 0.5, "num_classes": 5, "img_size": 128}),
+        "GCViT": ("gcvit_xxtiny", {"embed_dim": 16, "layer_scale": 0.5, "num_classes": 5, "img_size": 128}),
     },
     "nest": {
         "NesT": ("nest_tiny_jx", {"num_classes": 5, "img_size": 64}),

@@ -44,7 +44,9 @@ def schedule(depth, options):
         rates = of_equal_work(dict.fromkeys(quarters, rate), weights, 0.5)
         amounts = {block: max(0.5, share) for block, share in enumerate(rates)}
     elif options["schedule"] == "equal_numbers" or (
-        (options["schedule"], stages, method) == (None, None, "merge") and rate < 2 / 3
+        (options["schedule"], stages, method) == (None, None, "merge")
+        and rate < 2 / 3
+        and options["multi_scale"] != "learned"
     ):
         if stages is None:
             stages = {depth * twelfth // 12 for twelfth in (1, 3, 5, 7, 9)} - {depth - 1} or {0}

@@ -470,31 +470,86 @@ def test_a_model_that_is_called_inside_of_its_own_pass_begins_one_of_its_own():
             inner.append(None)
             inner[0] = model.forward_features(other)
 
-    model.blocks[2].register_forward_hook(call)
+    model.blocks[2].mlp.register_forward_hook(call)
     assert torch.equal(model(x), expected)
     assert torch.equal(inner[0], of_other)
 
 
 @pytest.mark.parametrize("kind", ["ViT", "ViT, average", "EVA-02", "CaiT"])
 @torch.no_grad()
-def test_hooks_see_the_full_grid_where_that_is_asked_for(kind):
+def test_hooks_on_blocks_see_the_full_grid_and_others_where_that_is_asked_for(kind):
     """Grad-CAM, retrieval features and dense heads hook the blocks, or a norm inside of one."""
     model, x = apply(make(kind), 0.5), images(kind)
-    expected, seen, inside = model(x), [], []
+    expected, given, seen, inside = model(x), [], [], []
     for block in model.blocks:
+        block.register_forward_pre_hook(lambda module, args: given.append(args[0].shape[1]))
         block.register_forward_hook(lambda module, args, output: seen.append(output))
         block.norm1.register_forward_hook(lambda module, args, output: inside.append(restore(model, output)))
-    with full_grid(model):
-        torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-4)
     tokens = seen[0].shape[1]
-    assert [output.shape[1] for output in seen] == [output.shape[1] for output in inside] == [tokens] * len(seen)
+    assert given == [output.shape[1] for output in seen] == [output.shape[1] for output in inside]
+    assert set(given) == {tokens}
     if kind != "CaiT":
         grids = model.forward_intermediates(x, intermediates_only=True, norm=False, output_fmt="NLC")
         for output, grid in zip(seen[: len(grids)], grids, strict=True):
             torch.testing.assert_close(output[:, -grid.shape[1] :], grid, rtol=1e-4, atol=1e-4)
-    seen.clear()
-    model(x)
-    assert seen[-2].shape[1] < tokens
+
+
+@pytest.mark.parametrize("kind", ["ViT", "ViT, average", "EVA-02"])
+@torch.no_grad()
+def test_a_loop_over_blocks_sees_the_full_grid_where_that_is_asked_for(kind):
+    """As lightly's models do: every block is called by hand, and what it returns is kept."""
+    model, x = apply(make(kind), 0.5), images(kind)
+    expected = model.forward_features(x)
+
+    def tokens_by_hand():
+        tokens, rope = model.patch_embed(x), None
+        tokens = model._pos_embed(tokens)
+        if isinstance(tokens, tuple):
+            tokens, rope = tokens
+        counts = []
+        for block in model.blocks:
+            tokens = block(tokens) if rope is None else block(tokens, rope=rope)
+            counts.append(tokens.shape[1])
+        return model.norm(tokens), counts
+
+    with full_grid(model):
+        output, counts = tokens_by_hand()
+    torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-4)
+    assert set(counts) == {expected.shape[1]}
+    assert min(tokens_by_hand()[1]) < expected.shape[1]
+
+
+@torch.no_grad()
+def test_a_hook_on_a_norm_that_does_not_restore_what_it_sees_is_told_once():
+    model = apply(make(), 0.5)
+    model.blocks[-1].norm1.register_forward_hook(lambda module, args, output: None)
+    with pytest.warns(UserWarning, match="A hook on norm1 of block 3 sees merged tokens"):
+        model(images())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(images())
+        apply(model, 0.6)
+        model.blocks[-1].norm1._forward_hooks.clear()
+        model.blocks[-1].norm1.register_forward_hook(lambda *call: (restore(model, call[2]), None)[1])
+        model(images())
+
+
+@torch.no_grad()
+def test_hooks_of_torch_itself_do_not_ask_for_the_grid():
+    """FSDP2 has hooks on every block, which do not look at tokens."""
+    model, counts = apply(make(), {1: 0.5}), []
+
+    def hook(module, args):
+        counts.append(args[0].shape[1])
+
+    model.blocks[2].register_forward_pre_hook(hook)
+    model(images())
+    hook.__module__ = "torch.distributed.fsdp"
+    model(images())
+    model.blocks[2].register_forward_hook(lambda module, args, output: None)
+    model(images())
+    assert counts == [65, 33, 65]
 
 
 def test_a_hook_that_restores_what_comes_before_a_stage_is_told_so():

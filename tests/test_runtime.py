@@ -70,18 +70,18 @@ def test_a_copy_run_in_the_middle_of_a_pass_does_not_disturb_it():
     x, other = images(), images(seed=7)
     with torch.no_grad():
         expected = model(x)
-        model.blocks[2].register_forward_hook(lambda *_: (twin(other), None)[1])
+        model.blocks[2].mlp.register_forward_hook(lambda *_: (twin(other), None)[1])
         assert torch.equal(model(x), expected)
 
 
-def test_hooks_on_blocks_and_attention_layers_run():
+def test_hooks_on_attention_layers_and_mlps_run():
     model = apply(make(), 0.6, schedule="equal_rates")
     seen = []
     for block in model.blocks:
-        block.register_forward_hook(lambda module, args, output: seen.append(output.shape[1]))
+        block.mlp.register_forward_hook(lambda module, args, output: seen.append(output.shape[1]))
         block.attn.register_forward_pre_hook(lambda module, args: seen.append("attention"))
     model(images())
-    assert seen == ["attention", 65, "attention", 40, "attention", 25, "attention", 65]
+    assert seen == ["attention", 65, "attention", 40, "attention", 25, "attention", 16]
 
 
 def test_several_threads_in_one_model_at_once():
@@ -214,7 +214,7 @@ def check_new_keep_rate_after_fsdp(rank, world_size):
     for p, q in zip(model.parameters(), reference.parameters(), strict=True):
         torch.testing.assert_close(p.grad.full_tensor(), q.grad, rtol=1e-4, atol=1e-5)
     output = model(x).detach()
-    for other in ({"keep_rate": 1.0}, {"keep_rate": {1: 0.5}, "multi_scale": "learned"}):
+    for other in ({"keep_rate": 1.0}, {"keep_rate": {2: 0.5}, "multi_scale": "learned"}):
         with pytest.raises(PatchStateError, match="Keep rates may change"):
             apply(model, **other)
     assert torch.equal(model(x).detach(), output)

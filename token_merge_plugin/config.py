@@ -72,7 +72,7 @@ class MergeConfig:
             five stages at odd twelfths of the depth (blocks 1, 3, 5, 7 and 9 of 12) if none are given. "equal_rates":
             each stage keeps the share `keep_rate`; three stages at 1/4, 1/2 and 3/4 of the depth, or those that a
             family does best with, if none are given. None: equal rates where no stage merges more than a third of its
-            tokens, where stages are given, or where blocks give back the grid; else equal numbers.
+            tokens, where stages are given, where blocks give back the grid, or with learned fusion; else equal numbers.
         importance: whose attention says how much an image token matters. "auto": that of the class token, if there is
             one, and that of 16 image tokens, evenly spaced, which stand for all; where tokens are merged before they
             attend, nobody's. "class_attention": that of the class token alone (and of DeiT's distillation token).
@@ -237,7 +237,8 @@ class MergeConfig:
             return dict(zip(stages, self.keep_rate, strict=True))
         assert isinstance(self.keep_rate, float)
         every_block = self.method in EVERY_BLOCK and stages is None
-        many = by_number and self.keep_rate < EQUAL_RATES_FROM
+        # Learned fusion stays in front of the same stage while keep rates change in training.
+        many = by_number and self.keep_rate < EQUAL_RATES_FROM and self.multi_scale != "learned"
         numbers = self.schedule == "equal_numbers" or (self.schedule is None and stages is None and many)
         if not every_block and (not numbers or self.method != "merge"):
             return dict.fromkeys(default if stages is None else stages, self.keep_rate)

@@ -113,11 +113,13 @@ def config_of(model: nn.Module) -> MergeConfig | None:
 def full_grid(model: nn.Module) -> Iterator[nn.Module]:
     """Have every block of a patched model give the full patch grid back, as an unpatched one does.
 
-    For hooks on blocks, such as those of Grad-CAM, and loops over blocks that keep what each returns. Inside of the
-    blocks, tokens are as few as without; outputs are the same but for rounding. It is of the thread that enters it.
+    For loops over blocks that keep what each returns: where a model is called that has hooks on its blocks, they do so
+    as it is. Inside of the blocks, tokens are as few as without; outputs are the same but for rounding. It is of the
+    thread that enters it.
 
         with token_merge_plugin.full_grid(model):
-            model(images)  # a hook on model.blocks[5] sees [B, P + N, C]
+            for block in model.blocks:
+                x = block(x)  # [B, P + N, C]
 
     Raises:
         PatchStateError: the model is in the middle of a forward pass.
@@ -147,6 +149,7 @@ def restore(model: nn.Module, tokens: Tensor) -> Tensor:
         PatchStateError: the tokens are not as many as the pass under way has, or are no sequences.
     """
     for plan in plans_of(model):
+        plan.told = True
         state = plan.current()
         if state is None or state.merged is None:
             continue

@@ -8,6 +8,7 @@ compiles, exports and deep-copies like any other. (A wrapt proxy around a block 
 
 import itertools
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial, wraps
 from inspect import Parameter, signature
@@ -202,12 +203,22 @@ def in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
+# Where a module keeps hooks on its calls and on their gradients.
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
 def _has_hooks(module: Any) -> bool:
     """Return whether a module, or torch for all modules, has hooks on calls or on their gradients."""
     prefix = "_global" if module is torch.nn.modules.module else ""
-    return any(
-        getattr(module, f"{prefix}{name}")
-        for name in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return any(getattr(module, f"{prefix}{name}") for name in _HOOKS)
+
+
+def _has_readers(module: nn.Module) -> bool:
+    """Return whether a module has hooks that may look at tokens: any but torch's own, such as those of FSDP."""
+    return _has_hooks(module) and not all(
+        (getattr(getattr(hook, "func", hook), "__module__", None) or "").startswith("torch.")
+        for name in _HOOKS
+        for hook in getattr(module, name).values()
     )
 
 
@@ -251,14 +262,43 @@ class PatchedModel(Patched):
         plan = self._token_merge.plan
         if not torch.compiler.is_compiling():
             check_plan(self)
-        outer = plan.open_edge(keep_grid, reads_grid=True)
+        outer = plan.open_edge(keep_grid or self._blocks_are_read(), reads_grid=True)
         try:
             result = method(*args, **kwargs)
             if plan.current() is not None and not keep_grid:
                 raise PatchStateError("The last block did not run: blocks were taken away since apply. Apply again.")
+            if not plan.told and not torch.compiler.is_compiling():
+                self._tell_of_hooks()
             return result
         finally:
             plan.close_edge(outer)
+
+    def _blocks_are_read(self) -> bool:
+        """Return whether hooks look at what blocks return, or are given, from the first stage on."""
+        plan, adapter = self._token_merge.plan, find_adapter(self)
+        assert adapter is not None  # or it would not be patched
+        return any(
+            _has_readers(block) or (block is not unwrapped(block) and _has_readers(unwrapped(block)))
+            for index, block in enumerate(adapter.blocks(self))
+            if index in plan.spans
+        )
+
+    def _tell_of_hooks(self) -> None:
+        """Say once that hooks on norms inside of blocks, the usual ones of Grad-CAM, see merged tokens."""
+        plan, adapter = self._token_merge.plan, find_adapter(self)
+        assert adapter is not None  # or it would not be patched
+        for index, block in enumerate(map(unwrapped, adapter.blocks(self))):
+            for name in ("norm1", "norm2"):
+                norm = block._modules.get(name)
+                if index in plan.spans and norm is not None and _has_readers(norm):
+                    plan.told = True
+                    warnings.warn(
+                        f"A hook on {name} of block {index} sees merged tokens, fewer than there are patches. In the "
+                        "hook, token_merge_plugin.restore(model, output) gives them back to their patches; hooks on "
+                        "blocks see all patches as it is.",
+                        stacklevel=2,
+                    )
+                    return
 
     def prune_intermediate_layers(self: Any, *args: Any, **kwargs: Any) -> Any:
         kept = super().prune_intermediate_layers(*args, **kwargs)  # type: ignore[misc]

@@ -198,8 +198,9 @@ class Plan:
         grid_size: (height, width) of the patch grid, or None where it depends on the image.
         checkpointing: recompute each block in the backward pass.
         begun: {first block of a section's stages: (grid size, whether the grid is read, whether every block gives the
-            full grid back)} of the last pass whose gradients may be asked for. The only thing that a pass changes: for
-            whoever recomputes it from the tokens alone.
+            full grid back)} of the last pass whose gradients may be asked for, for whoever recomputes it from the
+            tokens alone.
+        told: hooks know of merged tokens, or were told.
     """
 
     config: MergeConfig
@@ -209,6 +210,7 @@ class Plan:
     num_class_tokens: int
     grid_size: tuple[int, int] | None
     checkpointing: bool = False
+    told: bool = False
     begun: dict[int, tuple[tuple[int, int] | None, bool, bool]] = field(default_factory=dict)
     key: int = field(default_factory=lambda: next(_keys))
 
