@@ -183,18 +183,24 @@ def _synchronize(images: Tensor) -> None:
         torch.cuda.synchronize(images.device)
 
 
-@torch.inference_mode()
-def peak_memory(model: nn.Module, images: Tensor) -> int:
-    """Return the most bytes that the activations of a forward pass take at one time, weights and images not counted."""
-    if images.is_cuda:
-        torch.cuda.synchronize(images.device)
-        torch.cuda.reset_peak_memory_stats(images.device)
-        before = torch.cuda.memory_allocated(images.device)
-        model(images)
-        return torch.cuda.max_memory_allocated(images.device) - before
-    with _StorageMode() as mode:
-        model(images)
-    return mode.peak
+def peak_memory(run: Callable[[Tensor], Any], images: Tensor, training: bool = False) -> int:
+    """Return the most bytes that a forward pass takes at one time beside weights and images.
+
+    Args:
+        run: a model, or a step of its training.
+        images: [B, C, H, W], one batch.
+        training: with gradients.
+    """
+    with torch.inference_mode(not training):
+        if images.is_cuda:
+            torch.cuda.synchronize(images.device)
+            torch.cuda.reset_peak_memory_stats(images.device)
+            before = torch.cuda.memory_allocated(images.device)
+            run(images)
+            return torch.cuda.max_memory_allocated(images.device) - before
+        with _StorageMode() as mode:
+            run(images)
+        return mode.peak
 
 
 class _StorageMode(TorchDispatchMode):
