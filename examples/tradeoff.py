@@ -80,7 +80,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
         axes.set_title(f"batch {size}")
         axes.set_xlabel("speed-up")
     figure.axes[0].set_ylabel("relative error of the patch tokens")
-    figure.axes[0].legend(fontsize="small")
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=4, fontsize="small")
     figure.savefig(path)
 
 
