@@ -3,9 +3,9 @@
     python examples/grad_cam.py IMAGE --model deit_small_patch16_224.fb_in1k --output cam.png
     python examples/grad_cam.py            # the built-in model, on the first of its images
 
-Grad-CAM (Selvaraju et al. 2017) weighs the channels of a block's output by the mean of their gradients. A patched model
-whose blocks have hooks gives each of them the grid back, so nothing here is of token merging but the line that applies
-it. A hook inside of a block, on a norm say, sees merged tokens; `token_merge_plugin.restore` gives those back.
+Grad-CAM (Selvaraju et al. 2017) weighs the channels of a block's output by the mean of their gradients. Hooks on the
+blocks of a patched model, and on their norms, see all patches, so nothing here is of token merging but the line that
+applies it.
 """
 
 import argparse

@@ -4,7 +4,7 @@ One model of each family by default, every one of the table with `pytest -m swee
 """
 
 import copy
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from functools import cache, partial
 
 import pytest
@@ -188,17 +188,40 @@ def test_prompts_are_noticed_and_where_they_are_declared_never_merged(kind):
 
 @every_family
 @torch.no_grad()
-def test_hooks_see_the_full_grid_where_that_is_asked_for(kind):
+def test_hooks_on_blocks_see_the_full_grid(kind):
     model, x = small(kind), images(kind)
     seen = []
     for block in blocks_of(model):
         block.register_forward_hook(lambda module, args, output: seen.append(shapes(tensors(output))))
     model(x)
     unpatched = seen.copy()
-    expected = apply(model, 0.6)(x)
+    expected = apply(small(kind), 0.6)(x)
+    apply(model, 0.6)
+    for context in (nullcontext(), full_grid(model)):
+        seen.clear()
+        with context:
+            torch.testing.assert_close(model(x), expected, rtol=1e-3, atol=1e-4)
+        assert seen == unpatched
+
+
+@every_family
+@torch.no_grad()
+def test_hooks_on_norms_see_all_patches(kind):
+    """Grad-CAM's usual targets. Those of windowed models see all patches of their windows, or grids, once restored."""
+    model, x = small(kind), images(kind)
+    blocks = blocks_of(model)
+    if find_adapter(served(model)[0]).on_entry:
+        pytest.skip("its norms see windows: see the next test")
+    seen = []
+    for norm in [block._modules[name] for block in blocks for name in ("norm1", "norm2") if name in block._modules]:
+        # VOLO's are images of tokens unpatched, and sequences of them patched.
+        norm.register_forward_hook(lambda module, args, output: seen.append((args[0].numel(), output.numel())))
+    model(x)
+    unpatched = seen.copy()
+    expected = apply(small(kind), 0.6)(x)
+    apply(model, 0.6)
     seen.clear()
-    with full_grid(model):
-        torch.testing.assert_close(model(x), expected, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(model(x), expected, rtol=1e-3, atol=1e-4)
     assert seen == unpatched
 
 

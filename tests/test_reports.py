@@ -480,19 +480,37 @@ def test_a_model_that_is_called_inside_of_its_own_pass_begins_one_of_its_own():
 def test_hooks_on_blocks_see_the_full_grid_and_others_where_that_is_asked_for(kind):
     """Grad-CAM, retrieval features and dense heads hook the blocks, or a norm inside of one."""
     model, x = apply(make(kind), 0.5), images(kind)
-    expected, given, seen, inside = model(x), [], [], []
+    expected, counts, seen = model(x), [], []
     for block in model.blocks:
-        block.register_forward_pre_hook(lambda module, args: given.append(args[0].shape[1]))
+        block.register_forward_pre_hook(lambda module, args: counts.append(args[0].shape[1]))
         block.register_forward_hook(lambda module, args, output: seen.append(output))
-        block.norm1.register_forward_hook(lambda module, args, output: inside.append(restore(model, output)))
+        for norm in (block.norm1, block.norm2):
+            norm.register_forward_hook(lambda module, args, output: counts.append(output.shape[1]))
+        block.attn.register_forward_hook(lambda module, args, output: counts.append(restore(model, output).shape[1]))
     torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-4)
     tokens = seen[0].shape[1]
-    assert given == [output.shape[1] for output in seen] == [output.shape[1] for output in inside]
-    assert set(given) == {tokens}
+    assert counts == [tokens] * 4 * len(seen)
     if kind != "CaiT":
         grids = model.forward_intermediates(x, intermediates_only=True, norm=False, output_fmt="NLC")
         for output, grid in zip(seen[: len(grids)], grids, strict=True):
             torch.testing.assert_close(output[:, -grid.shape[1] :], grid, rtol=1e-4, atol=1e-4)
+
+
+def test_grad_cam_on_the_last_norm():
+    """Its usual target: the gradient of a class by the patches in front of the last attention layer."""
+    model, x = make(), images()
+    seen = []
+    model.blocks[-1].norm1.register_forward_hook(lambda module, args, output: seen.append(output))
+    for rate in (1.0, 1 - 1e-9, 0.5):
+        logits = apply(model, rate)(x)
+        (gradient,) = torch.autograd.grad(logits[:, 0].sum(), seen[-1])
+        assert gradient.shape == seen[0].shape
+        assert gradient[:, 1:].abs().sum() > 0
+    torch.testing.assert_close(seen[1], seen[0], rtol=1e-4, atol=1e-4)
+    merged = model.blocks[-1].norm1
+    merged._forward_hooks.clear()
+    torch.testing.assert_close(model(x), logits, rtol=1e-4, atol=1e-5)
+    assert model.blocks[-1].norm1 is merged
 
 
 @pytest.mark.parametrize("kind", ["ViT", "ViT, average", "EVA-02"])
@@ -521,21 +539,6 @@ def test_a_loop_over_blocks_sees_the_full_grid_where_that_is_asked_for(kind):
 
 
 @torch.no_grad()
-def test_a_hook_on_a_norm_that_does_not_restore_what_it_sees_is_told_once():
-    model = apply(make(), 0.5)
-    model.blocks[-1].norm1.register_forward_hook(lambda module, args, output: None)
-    with pytest.warns(UserWarning, match="A hook on norm1 of block 3 sees merged tokens"):
-        model(images())
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        model(images())
-        apply(model, 0.6)
-        model.blocks[-1].norm1._forward_hooks.clear()
-        model.blocks[-1].norm1.register_forward_hook(lambda *call: (restore(model, call[2]), None)[1])
-        model(images())
-
-
-@torch.no_grad()
 def test_hooks_of_torch_itself_do_not_ask_for_the_grid():
     """FSDP2 has hooks on every block, which do not look at tokens."""
     model, counts = apply(make(), {1: 0.5}), []
@@ -554,7 +557,7 @@ def test_hooks_of_torch_itself_do_not_ask_for_the_grid():
 
 def test_a_hook_that_restores_what_comes_before_a_stage_is_told_so():
     model = apply(make(), {2: 0.5, 3: 0.5})
-    model.blocks[3].norm1.register_forward_hook(lambda module, args, output: restore(model, output[:, :-1]))
+    model.blocks[3].attn.register_forward_hook(lambda module, args, output: restore(model, output[:, :-1]))
     with pytest.raises(PatchStateError, match="The pass under way has 33 tokens, and there are 32"):
         model(images())
     assert torch.equal(restore(make(), torch.ones(1, 2, 3)), torch.ones(1, 2, 3))

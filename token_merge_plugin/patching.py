@@ -139,8 +139,9 @@ def restore(model: nn.Module, tokens: Tensor) -> Tensor:
 
     Args:
         model: patched, or not: then tokens are returned as they are.
-        tokens: [B, P + K, D], prefix and image tokens, such as the output of a norm or of an attention layer. Where
-            blocks attend within windows, B counts windows.
+        tokens: [B, P + K, D], prefix and image tokens, such as the output of an attention layer or an MLP; those of all
+            patches, as hooks on norms see them, are returned as they are. Where blocks attend within windows, B counts
+            windows.
 
     Returns:
         [B, P + N, D].
@@ -149,13 +150,14 @@ def restore(model: nn.Module, tokens: Tensor) -> Tensor:
         PatchStateError: the tokens are not as many as the pass under way has, or are no sequences.
     """
     for plan in plans_of(model):
-        plan.told = True
         state = plan.current()
         if state is None or state.merged is None:
             continue
-        expected = state.num_prefix_tokens + state.merged.size.shape[1]
+        expected = state.num_tokens()
         if tokens.dim() != 3:
             raise PatchStateError(f"Tokens are [B, P + K, D], and these are {list(tokens.shape)}. Reshape them first.")
+        if tokens.shape[1] == state.num_prefix_tokens + state.num_patches:
+            return tokens
         if tokens.shape[1] != expected:
             raise PatchStateError(
                 f"The pass under way has {expected} tokens, and there are {tokens.shape[1]}: in front of a stage there "

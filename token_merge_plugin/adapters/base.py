@@ -8,7 +8,6 @@ compiles, exports and deep-copies like any other. (A wrapt proxy around a block 
 
 import itertools
 import sys
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial, wraps
 from inspect import Parameter, signature
@@ -18,6 +17,7 @@ from typing import Any, ClassVar, NamedTuple, TypeAlias
 import timm
 import torch
 import torch.nn.functional as F
+import wrapt
 from torch import Tensor, nn
 from torch.fx import Proxy
 from torch.utils.checkpoint import checkpoint
@@ -29,6 +29,7 @@ from token_merge_plugin.errors import PatchStateError, UnsupportedModelError
 from token_merge_plugin.method.attention import attention
 from token_merge_plugin.method.merging import join_windows, restore, take, windows
 from token_merge_plugin.method.multiscale import MultiScaleFusion
+from token_merge_plugin.method.patches import take_representatives
 from token_merge_plugin.method.reduction import fuse_scales, merge_within, reduce_tokens
 from token_merge_plugin.method.state import Evidence, Merged, Pass, Plan
 
@@ -112,6 +113,9 @@ def _make_class(mixin: type[Patched], original: type[nn.Module]) -> type[nn.Modu
         features = [name for name in ("forward_features", "forward_intermediates") if hasattr(original, name)]
         body |= {name: _checked(getattr(original, name)) for name in features or ["forward"]}
         body.setdefault("forward", _named_like(original.forward, original.forward))
+    if issubclass(mixin, PatchedBlock):
+        norms = {"norm1", "norm2"}.intersection(mixin.parts).difference(mixin.may_lack)
+        body |= {name: _shown_all_patches(name) for name in sorted(norms)}
     if issubclass(mixin, PatchedGridBlock):
         body["forward"] = _named_like(mixin.forward, mixin.forward)
     return type(original.__name__, (mixin, original), body)
@@ -159,6 +163,37 @@ def _checked(method: Callable) -> Callable:
         return method(self, *args, **kwargs)
 
     return call
+
+
+class _OnAllPatches(wrapt.ObjectProxy):
+    """A block's norm during a pass, which runs on all patches, with those of a token alike.
+
+    A norm treats each token alone, so the tokens that come of it are the same.
+    """
+
+    def __init__(self, norm: nn.Module, plan: Plan, state: Pass):
+        super().__init__(norm)
+        self._self_plan, self._self_state = plan, state
+
+    def __call__(self, x: Tensor) -> Tensor:
+        norm, plan, state = self.__wrapped__, self._self_plan, self._self_state
+        if state.merged is None or x.dim() != 3 or x.shape[1] != state.num_tokens():
+            return norm(x)
+        return take_representatives(norm(plan.on_patches(state, x)), state.num_prefix_tokens, state.merged)
+
+
+def _shown_all_patches(name: str) -> property:
+    """Make a block's norm one whose hooks see all patches, as Grad-CAM asks for. Without hooks it is as it was."""
+
+    def norm_of(self: Any) -> Any:
+        norm = self._modules[name]
+        if torch.compiler.is_compiling() or not _has_readers(norm):
+            return norm
+        plan = self._token_merge.plan
+        state = plan.current()
+        return norm if state is None or state.merged is None else _OnAllPatches(norm, plan, state)
+
+    return property(norm_of)
 
 
 def check_plan(model: Any) -> None:
@@ -267,8 +302,6 @@ class PatchedModel(Patched):
             result = method(*args, **kwargs)
             if plan.current() is not None and not keep_grid:
                 raise PatchStateError("The last block did not run: blocks were taken away since apply. Apply again.")
-            if not plan.told and not torch.compiler.is_compiling():
-                self._tell_of_hooks()
             return result
         finally:
             plan.close_edge(outer)
@@ -282,23 +315,6 @@ class PatchedModel(Patched):
             for index, block in enumerate(adapter.blocks(self))
             if index in plan.spans
         )
-
-    def _tell_of_hooks(self) -> None:
-        """Say once that hooks on norms inside of blocks, the usual ones of Grad-CAM, see merged tokens."""
-        plan, adapter = self._token_merge.plan, find_adapter(self)
-        assert adapter is not None  # or it would not be patched
-        for index, block in enumerate(map(unwrapped, adapter.blocks(self))):
-            for name in ("norm1", "norm2"):
-                norm = block._modules.get(name)
-                if index in plan.spans and norm is not None and _has_readers(norm):
-                    plan.told = True
-                    warnings.warn(
-                        f"A hook on {name} of block {index} sees merged tokens, fewer than there are patches. In the "
-                        "hook, token_merge_plugin.restore(model, output) gives them back to their patches; hooks on "
-                        "blocks see all patches as it is.",
-                        stacklevel=2,
-                    )
-                    return
 
     def prune_intermediate_layers(self: Any, *args: Any, **kwargs: Any) -> Any:
         kept = super().prune_intermediate_layers(*args, **kwargs)  # type: ignore[misc]

@@ -98,6 +98,10 @@ class Pass:
             self._log_size = torch.cat((size.new_zeros(size.shape[0], prefix), size.log()), dim=1)
         return self._log_size
 
+    def num_tokens(self) -> int:
+        """Return how many tokens there are now, prefix tokens included."""
+        return self.num_prefix_tokens + (self.num_patches if self.merged is None else self.merged.size.shape[1])
+
     def arguments(self) -> tuple[int, int, tuple[int, int] | None, Merged | None, Tensor | None, bool]:
         """Return what makes another pass that stands where this one does."""
         return self.num_patches, self.num_prefix_tokens, self.grid_size, self.merged, self.offset, self.reads_grid
@@ -198,9 +202,8 @@ class Plan:
         grid_size: (height, width) of the patch grid, or None where it depends on the image.
         checkpointing: recompute each block in the backward pass.
         begun: {first block of a section's stages: (grid size, whether the grid is read, whether every block gives the
-            full grid back)} of the last pass whose gradients may be asked for, for whoever recomputes it from the
-            tokens alone.
-        told: hooks know of merged tokens, or were told.
+            full grid back)} of the last pass whose gradients may be asked for. The only thing that a pass changes: for
+            whoever recomputes it from the tokens alone.
     """
 
     config: MergeConfig
@@ -210,7 +213,6 @@ class Plan:
     num_class_tokens: int
     grid_size: tuple[int, int] | None
     checkpointing: bool = False
-    told: bool = False
     begun: dict[int, tuple[tuple[int, int] | None, bool, bool]] = field(default_factory=dict)
     key: int = field(default_factory=lambda: next(_keys))
 
@@ -238,8 +240,9 @@ class Plan:
         of a pass, by a hook say, has nothing to do with that.
         """
         outer, under_way = _local.edges.get(self.key), self.install(None)
-        inside = outer is not None and under_way is None
-        _local.edges[self.key] = Edge(keep_grid, keep_grid or (outer.reads_grid if inside else reads_grid))  # type: ignore[union-attr]
+        if outer is not None and under_way is None:
+            keep_grid, reads_grid = keep_grid or outer.keep_grid, outer.reads_grid
+        _local.edges[self.key] = Edge(keep_grid, keep_grid or reads_grid)
         return outer, under_way
 
     def close_edge(self, before: tuple[Edge | None, Pass | None]) -> None:
