@@ -243,9 +243,10 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 
 
 def _has_hooks(module: Any) -> bool:
-    """Return whether a module, or torch for all modules, has hooks on calls or on their gradients."""
-    prefix = "_global" if module is torch.nn.modules.module else ""
-    return any(getattr(module, f"{prefix}{name}") for name in _HOOKS)
+    """Return whether a module has hooks on calls or on their gradients. Spelt out, for every pass asks often."""
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
 
 
 def _has_readers(module: nn.Module) -> bool:
@@ -285,7 +286,8 @@ class PatchedModel(Patched):
         adapter: Any = find_adapter(self)
         children = (child for name, child in self.named_children() if name != "patch_embed")
         modules = itertools.chain(children, adapter.blocks(self)[-1].modules())
-        return _has_hooks(torch.nn.modules.module) or any(map(_has_hooks, modules))
+        of_all_modules = any(getattr(torch.nn.modules.module, f"_global{name}") for name in _HOOKS)
+        return of_all_modules or any(map(_has_hooks, modules))
 
     def forward_features(self, *args: Any, **kwargs: Any) -> Any:
         return self._call(super().forward_features, False, args, kwargs)  # type: ignore[misc]
