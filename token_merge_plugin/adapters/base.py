@@ -807,7 +807,8 @@ class GridAdapter(Adapter):
         blocks = self.blocks(model)
         if not self.least_channels:
             return tuple(range(len(blocks)))
-        channels = [self.layers(block)[0].proj.weight.shape[0] for block in blocks]
+        # By their norms, since linear layers may be wrapped ones without weights.
+        channels = [len(next(block.norm1.parameters())) for block in blocks]
         wide = tuple(index for index, width in enumerate(channels) if width >= self.least_channels)
         return wide or tuple(range(len(blocks)))
 
