@@ -299,7 +299,7 @@ def test_a_model_in_the_middle_of_a_forward_pass_is_refused(first, call):
             call(model)
         seen.append(True)
 
-    handle = model.blocks[2].register_forward_hook(hook)
+    handle = model.blocks[2].mlp.register_forward_hook(hook)
     assert torch.equal(model(x), expected)
     assert seen
     handle.remove()

@@ -167,7 +167,7 @@ def test_both_prefix_tokens_of_a_distilled_deit_count():
 def test_register_tokens_are_neither_scored_nor_merged():
     model = apply(make("ViT, registers"), 0.5, stages=(1, 2))
     seen = []
-    model.blocks[DEPTH - 2].register_forward_hook(lambda module, args, output: seen.append(output.shape[1]))
+    model.blocks[DEPTH - 2].mlp.register_forward_hook(lambda module, args, output: seen.append(output.shape[1]))
     model(images("ViT, registers"))
     assert seen == [5 + 16]  # a class token, 4 registers, and 64 patches halved twice
 
