@@ -32,7 +32,7 @@ PROPORTIONAL = ("merge", "tome", "late_tome", "ppt")
 # Equal numbers: no stage merges a larger share of its tokens than this, unless all do.
 LARGEST_CUT = 0.2
 # From this keep rate on, three stages of it lose as little as five smaller ones, and take less time for choosing: on a
-# pretrained ViT-S (examples/results/dense.md, speed.md).
+# pretrained ViT-S (examples/results/tradeoff.md).
 EQUAL_RATES_FROM = 2 / 3
 
 
