@@ -345,7 +345,7 @@ def test_prompts_are_noticed_and_where_they_are_declared_never_merged(before):
     prompted = apply(Prompted(make(), before), 0.7, num_prefix_tokens=7)
     assert (prompted(x) - expected).norm() < 3 * plain
     seen = []
-    prompted.model.blocks[-1].norm1.register_forward_hook(lambda module, args, output: seen.append(output.shape[1]))
+    prompted.model.blocks[-1].attn.register_forward_hook(lambda module, args, output: seen.append(output.shape[1]))
     prompted(x)
     assert seen[0] < 7 + 64
     for wrong in (0, -1, 1.5, True):
