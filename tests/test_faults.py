@@ -245,7 +245,10 @@ def test_a_hook_inside_of_a_block_restores_what_it_sees(kind):
     apply(model, 0.6)
     seen.clear()
     model(x)
-    assert seen == {index: unpatched[index] for index in seen}
+    windowed = find_adapter(served(model)[0]).on_entry
+    for index, number in seen.items():
+        # Swin V2's norms behind attention see windows, with what pads them.
+        assert number == unpatched[index] or (windowed and number > unpatched[index])
 
 
 @every_family
@@ -296,6 +299,8 @@ def fresh_attention(model, other):
 @torch.no_grad()
 def test_a_model_that_is_changed_after_apply_says_so_when_it_is_called(kind, change):
     model, x = apply(small(kind), 0.6), images(kind)
+    if change is fresh_attention and not any(attention_of(model, block) for block in blocks_of(model)):
+        pytest.skip("its blocks are their own attention layers: see fresh_block")
     change(model, small(kind))
     with pytest.raises(PatchStateError, match=r"was changed since apply.* Apply again"):
         model(x)
@@ -312,7 +317,7 @@ def test_a_token_more_in_front_of_the_patches_is_noticed(kind):
     model = apply(small(kind), 0.6)
     (part,) = served(model)
     part.num_prefix_tokens += 1
-    with pytest.raises(PatchStateError, match=r"was changed since apply: there are \d prefix tokens, and were \d"):
+    with pytest.raises(PatchStateError, match=r"was changed since apply: there are \d+ prefix tokens, and were \d"):
         model(images(kind))
 
 
@@ -371,6 +376,7 @@ def test_an_error_at_the_last_module_leaves_the_model_as_it_was(kind):
 
     object.__setattr__(last, "__class__", Strict)
     before = [(type(module), dict(vars(module)), dict(module._modules)) for module in model.modules()]
+    on_entry = find_adapter(served(model)[0]).on_entry  # then only blocks that are stages are patched
     with pytest.raises(KeyboardInterrupt):
-        apply(model, 0.6, stages=(len(blocks_of(model)) - 1,))
+        apply(model, 0.6, stages=(len(blocks_of(model)) - 1,) if on_entry else None)
     assert [(type(module), dict(vars(module)), dict(module._modules)) for module in model.modules()] == before
