@@ -808,7 +808,7 @@ class GridAdapter(Adapter):
         if not self.least_channels:
             return tuple(range(len(blocks)))
         # By their norms, since linear layers may be wrapped ones without weights.
-        channels = [len(next(block.norm1.parameters())) for block in blocks]
+        channels = [len(next(block.get_submodule("norm1").parameters())) for block in blocks]
         wide = tuple(index for index, width in enumerate(channels) if width >= self.least_channels)
         return wide or tuple(range(len(blocks)))
 
