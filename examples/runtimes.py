@@ -24,7 +24,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from token_merge_plugin import ExportError, apply, export
+from token_merge_plugin import ExportError, MergeConfig, apply, export
 from token_merge_plugin.builtin import create_reference_model, load_images
 from token_merge_plugin.trial.exporting import random_images
 from token_merge_plugin.trial.journal import Journal
@@ -63,7 +63,7 @@ def compiled(model: nn.Module, rounds: int, images: Tensor) -> list[str]:
     """Compile a model, and return the cells of its row as `exported` does."""
     patched = apply(copy.deepcopy(model), KEEP_RATE)
     runner = torch.compile(patched, dynamic=False)
-    configs = [None, KEEP_RATE]
+    configs = [None, MergeConfig(KEEP_RATE)]
     differences, speeds = [], []
     for size in (8, 1):
         x = images[:size]

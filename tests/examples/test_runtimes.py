@@ -83,3 +83,12 @@ def test_the_page_goes_on_from_the_log(tmp_path, monkeypatch, capsys):
     assert "## Quantisation" not in page
     assert f"nncf {nncf.__version__}" in page
     assert "BEiT | 0 | 1 | 2" in capsys.readouterr().out
+
+
+def test_the_row_of_a_compiled_model(monkeypatch):
+    # Dynamo runs, and what it makes is run as it is.
+    monkeypatch.setattr(torch, "compile", lambda model, **_: torch._dynamo.optimize("eager")(model))
+    difference, *speeds = runtimes.compiled(small(), 3, images("ViT", batch=8))
+    assert float(difference) < 1e-4
+    assert all(speed.split()[0].endswith("x") for speed in speeds)
+    assert len(speeds) == 2
