@@ -223,7 +223,10 @@ def main() -> None:
     tables = {}
     for name in args.model:
         for img_size in args.img_size or [None]:
-            tables[name if img_size is None else f"{img_size} px"] = measure(args, name, img_size)
+            parts = ([name] if len(args.model) > 1 or img_size is None else []) + (
+                [f"{img_size} px"] if img_size else []
+            )
+            tables[", ".join(parts)] = measure(args, name, img_size)
     if args.chart:
         draw(tables, args.chart)
 
