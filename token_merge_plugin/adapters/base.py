@@ -313,7 +313,7 @@ class PatchedModel(Patched):
         plan, adapter = self._token_merge.plan, find_adapter(self)
         assert adapter is not None  # or it would not be patched
         return any(
-            _has_readers(block) or (block is not unwrapped(block) and _has_readers(unwrapped(block)))
+            _has_readers(block) or _has_readers(unwrapped(block))
             for index, block in enumerate(adapter.blocks(self))
             if index in plan.spans
         )
