@@ -237,7 +237,9 @@ def rows_for(model: nn.Module) -> list[Row]:
         variant("importance", "class attention^0.25, without value norms", importance=powers(0.25, 0, 0, values=False)),
         variant("importance", "larger of both^0.35", importance=powers(0.35, 0.35, 1)),
         variant("importance", "mean of both^0.5", importance=powers(0.5, 0.5, 1, larger=False)),
+        option("loss", "of the tokens", similarity="tokens"),
         option("loss", "of the keys", similarity="keys"),
+        option("loss", "of the keys' means over heads", similarity="mean_keys"),
         option("loss", "of the values", similarity="values"),
         variant("loss", "of the layer-normed tokens", cost=normed_cost),
         variant("loss", "without sizes", cost=unsized_cost),
@@ -254,6 +256,7 @@ def rows_for(model: nn.Module) -> list[Row]:
         variant("multi-scale", "in the tokens, 0.1", tokens=neighbourhoods(0.1)),
         variant("multi-scale", "in the tokens, 0.3", tokens=neighbourhoods(0.3)),
         *schedule_rows(model),
+        *resolution_rows(),
         Row("schedule", "calibrated", calibrated=True),
         *(option("baselines", method, method=method) for method in METHODS[1:]),
     ]
@@ -275,6 +278,15 @@ def schedule_rows(model: nn.Module) -> list[Row]:
         numbered("every other block, from the second", every[1:-1:2]),
         numbered("every other block, from the first", every[:-1:2]),
         Row("schedule", "late-heavy numbers, every block", shape=partial(numbers, choices.sections, 1, 2)),
+    ]
+
+
+def resolution_rows() -> list[Row]:
+    """Return what may depend on how many patches there are: what tokens are compared by, and in how many stages."""
+    return [
+        Row("resolution", f"{what}, {stages} stages", MergeConfig(similarity=similarity, schedule=schedule))
+        for similarity, what in (("tokens", "tokens"), ("mean_keys", "mean keys"))
+        for schedule, stages in (("equal_rates", "three"), ("equal_numbers", "five"))
     ]
 
 

@@ -17,7 +17,7 @@ DEFAULTS = {
     "stages": None,
     "schedule": None,
     "importance": "auto",
-    "similarity": "tokens",
+    "similarity": None,
     "multi_scale": "off",
     "proportional_attention": True,
 }
@@ -283,8 +283,10 @@ def by_cost(tokens, keep, options, seen, close):
     """The package's own: those go whose cheapest merge into one that stays costs least, by three rounds."""
     count, goes = len(tokens.rows), len(tokens.rows) - keep
     weights = [size * factor for size, factor in zip(tokens.sizes(), importance(tokens, options, seen), strict=True)]
-    if options["similarity"] == "tokens":
+    if options["similarity"] in (None, "tokens"):  # models of many patches are not run here
         compared = tokens.rows
+    elif options["similarity"] == "mean_keys":
+        compared = list(seen["keys"].mean(axis=0))
     else:
         compared = list(np.concatenate(list(seen[options["similarity"]]), axis=1))
     if options["multi_scale"] == "descriptors":

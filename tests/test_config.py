@@ -56,7 +56,7 @@ def test_a_keep_rate_of_many_digits_keeps_the_exact_ceiling(tokens, rate):
 
 def test_a_float_keep_rate_counts_for_every_stage_of_equal_rates():
     assert MergeConfig(0.7, schedule="equal_rates").amounts(12) == {3: 0.7, 6: 0.7, 9: 0.7}
-    assert MergeConfig(0.7).amounts(12, by_number=False) == {3: 0.7, 6: 0.7, 9: 0.7}
+    assert MergeConfig(0.5).amounts(12, numbers_below=0.0) == {3: 0.5, 6: 0.5, 9: 0.5}
     assert MergeConfig(0.5, stages=(1, 2)).amounts(12) == {1: 0.5, 2: 0.5}
 
 
@@ -210,5 +210,5 @@ def test_type_checkers_know_the_options_that_there_are():
         ("multi_scale", MULTI_SCALE),
     ):
         literals = [part for part in (options[name], *typing.get_args(options[name])) if typing.get_origin(part)]
-        found = set(typing.get_args(literals[-1])) if name == "schedule" else set(typing.get_args(options[name]))
+        found = set(typing.get_args(literals[-1] if literals else options[name]))
         assert found == set(allowed) - {None}

@@ -74,7 +74,7 @@ def random_options(rng, depth, class_tokens):
         del options["keep_rate"]
     if method == "merge":
         options["importance"] = rng.choice(["auto", "uniform"] + ["class_attention"] * bool(class_tokens))
-        options["similarity"] = rng.choice(("tokens", "tokens", "keys", "values"))
+        options["similarity"] = rng.choice(("tokens", "mean_keys", "keys", "values"))
         options["multi_scale"] = rng.choice(("off", "off", "importance", "descriptors", "learned"))
         if shape in ("one", "stages"):
             options["schedule"] = rng.choice((None, "equal_rates", "equal_numbers"))

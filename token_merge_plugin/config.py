@@ -16,12 +16,12 @@ Amount: TypeAlias = float | int
 Method: TypeAlias = Literal["merge", "tome", "late_tome", "evit", "ppt", "prune", "random"]
 Schedule: TypeAlias = Literal["equal_numbers", "equal_rates"]
 Importance: TypeAlias = Literal["auto", "class_attention", "uniform"]
-Similarity: TypeAlias = Literal["tokens", "keys", "values"]
+Similarity: TypeAlias = Literal["tokens", "mean_keys", "keys", "values"]
 MultiScale: TypeAlias = Literal["off", "importance", "descriptors", "learned"]
 METHODS: tuple[str, ...] = get_args(Method)
 SCHEDULES: tuple[str | None, ...] = (None, *get_args(Schedule))
 IMPORTANCE: tuple[str, ...] = get_args(Importance)
-SIMILARITY: tuple[str, ...] = get_args(Similarity)
+SIMILARITY: tuple[str | None, ...] = (None, *get_args(Similarity))
 MULTI_SCALE: tuple[str, ...] = get_args(MultiScale)
 # Of the methods: reduce tokens a little in every block; choose by the class token's attention; may drop tokens for
 # good; may attend in proportion to the tokens' sizes.
@@ -34,6 +34,9 @@ LARGEST_CUT = 0.2
 # From this keep rate on, three stages of it lose as little as five smaller ones, and take less time for choosing: on a
 # pretrained ViT-S (examples/results/tradeoff.md).
 EQUAL_RATES_FROM = 2 / 3
+# From so many patches on, 28 x 28, tokens are told apart by the means of their keys, in five stages. On a pretrained
+# ViT-S that errs more at 16 x 16, as much at 24 x 24, and less at 32 x 32 and 40 x 40 (examples/results/resolution.md).
+MANY_PATCHES = 784
 
 
 class MergeOptions(TypedDict, total=False):
@@ -44,7 +47,7 @@ class MergeOptions(TypedDict, total=False):
     stages: Sequence[int] | None
     schedule: Schedule | None
     importance: Importance
-    similarity: Similarity
+    similarity: Similarity | None
     multi_scale: MultiScale
     proportional_attention: bool
     num_prefix_tokens: int | None
@@ -72,13 +75,16 @@ class MergeConfig:
             five stages at odd twelfths of the depth (blocks 1, 3, 5, 7 and 9 of 12) if none are given. "equal_rates":
             each stage keeps the share `keep_rate`; three stages at 1/4, 1/2 and 3/4 of the depth, or those that a
             family does best with, if none are given. None: equal rates where no stage merges more than a third of its
-            tokens, where stages are given, where blocks give back the grid, or with learned fusion; else equal numbers.
+            tokens and the patches are not many (see similarity), where stages are given, where blocks give back the
+            grid, or with learned fusion; else equal numbers.
         importance: whose attention says how much an image token matters. "auto": that of the class token, if there is
             one, and that of 16 image tokens, evenly spaced, which stand for all; where tokens are merged before they
             attend, nobody's. "class_attention": that of the class token alone (and of DeiT's distillation token).
             "uniform": nobody's, what a merge loses decides alone.
         similarity: descriptors by which is told what a merge loses: "tokens" (as they leave the attention's residual),
-            "keys" or "values".
+            "keys" or "values" of all heads, or "mean_keys", the keys' mean over heads, which ToMe compares. None: mean
+            keys in ViTs whose positions are an embedding added to the tokens, where the grid is known to have 28 x 28
+            patches or more; else tokens.
         multi_scale: where features of several scales of the patch grid are fused in: "off", "importance" or
             "descriptors", where they help to choose tokens, which stay as they are; or "learned", into the tokens in
             front of the first stage, by depthwise convolutions whose gates start at zero: to be trained. Their
@@ -98,7 +104,7 @@ class MergeConfig:
     stages: Sequence[int] | None = None
     schedule: str | None = None
     importance: str = "auto"
-    similarity: str = "tokens"
+    similarity: str | None = None
     multi_scale: str = "off"
     proportional_attention: bool = True
     num_prefix_tokens: int | None = None
@@ -199,7 +205,7 @@ class MergeConfig:
         depth: int,
         default: Sequence[int] | None = None,
         sections: Sequence[range] | None = None,
-        by_number: bool = True,
+        numbers_below: float = EQUAL_RATES_FROM,
     ) -> dict[int, Amount]:
         """Return {block index: amount} for a model of `depth` blocks, without the stages that keep everything.
 
@@ -207,14 +213,14 @@ class MergeConfig:
             depth: number of blocks.
             default: the stages of equal rates if none were asked for; None for 1/4, 1/2 and 3/4 of the depth.
             sections: runs of blocks through which tokens may stay fewer; None for one that is all of them.
-            by_number: the model's default schedule is one of equal numbers where much is merged.
+            numbers_below: keep rates below this one mean equal numbers if nothing else is asked for; 0 for none.
 
         Raises:
             ConfigError: a block index does not exist, or the number of keep rates is not that of the stages.
         """
         default = default_stages(depth) if default is None else default
         sections = [range(depth)] if sections is None else sections
-        amounts = self._all_amounts(default, sections, by_number)
+        amounts = self._all_amounts(default, sections, numbers_below)
         for index in amounts:
             if index >= depth:
                 raise ConfigError(f"Block {index} does not exist: the model has {depth} blocks, 0 to {depth - 1}.")
@@ -223,7 +229,9 @@ class MergeConfig:
             index: amount for index, amount in sorted(amounts.items()) if amount != keeps_all[isinstance(amount, int)]
         }
 
-    def _all_amounts(self, default: Sequence[int], sections: Sequence[range], by_number: bool) -> Mapping[int, Amount]:
+    def _all_amounts(
+        self, default: Sequence[int], sections: Sequence[range], numbers_below: float
+    ) -> Mapping[int, Amount]:
         stages = self.stages
         if isinstance(self.keep_rate, Mapping):
             return self.keep_rate
@@ -238,8 +246,8 @@ class MergeConfig:
         assert isinstance(self.keep_rate, float)
         every_block = self.method in EVERY_BLOCK and stages is None
         # Learned fusion stays in front of the same stage while keep rates change in training.
-        many = by_number and self.keep_rate < EQUAL_RATES_FROM and self.multi_scale != "learned"
-        numbers = self.schedule == "equal_numbers" or (self.schedule is None and stages is None and many)
+        small = self.keep_rate < numbers_below and self.multi_scale != "learned"
+        numbers = self.schedule == "equal_numbers" or (self.schedule is None and stages is None and small)
         if not every_block and (not numbers or self.method != "merge"):
             return dict.fromkeys(default if stages is None else stages, self.keep_rate)
         amounts: dict[int, Amount] = {}

@@ -6,6 +6,7 @@ and can be neither deep-copied nor pickled. wrapt does what it is best at, at th
 its import hooks.
 """
 
+import math
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -18,7 +19,14 @@ from torch import Tensor, nn
 from token_merge_plugin.adapters import Adapter, find_adapter, missing, registered_adapters
 from token_merge_plugin.adapters.base import Patched, Place, check_structure, patched_class, unwrapped
 from token_merge_plugin.adapters.refused import REFUSED
-from token_merge_plugin.config import BY_CLASS_ATTENTION, KeepRate, MergeConfig, MergeOptions
+from token_merge_plugin.config import (
+    BY_CLASS_ATTENTION,
+    EQUAL_RATES_FROM,
+    MANY_PATCHES,
+    KeepRate,
+    MergeConfig,
+    MergeOptions,
+)
 from token_merge_plugin.errors import ConfigError, PatchStateError, UnsupportedModelError, first_line
 from token_merge_plugin.method.multiscale import MultiScaleFusion
 from token_merge_plugin.method.state import Plan
@@ -217,10 +225,10 @@ def stage_choices(model: nn.Module) -> StageChoices:
         raise UnsupportedModelError(f"{type(model).__name__} has {len(served)} vision transformers. Give one of them.")
     part, adapter = served[0]
     sections, stages, depth = adapter.sections(part), adapter.default_stages(part), len(adapter.blocks(part))
-    by_number = _by_number(adapter, sections)
+    numbers_below = _numbers_below(adapter, sections, adapter.grid_size(part))
 
     def default(keep_rate: float) -> dict[int, float]:
-        return dict(MergeConfig(keep_rate).amounts(depth, stages, sections, by_number))
+        return dict(MergeConfig(keep_rate).amounts(depth, stages, sections, numbers_below))
 
     if adapter.on_entry:
         single = [range(block, block + 1) for section in sections for block in section]
@@ -228,9 +236,16 @@ def stage_choices(model: nn.Module) -> StageChoices:
     return StageChoices(sections, default, stages)
 
 
-def _by_number(adapter: Adapter, sections: list[range]) -> bool:
-    """Return whether tokens are reduced by number if nothing else is asked for: where they stay fewer to the end."""
-    return not adapter.on_entry and len(sections) == 1
+def _numbers_below(adapter: Adapter, sections: list[range], grid_size: tuple[int, int] | None) -> float:
+    """Return below which keep rate tokens are reduced by equal numbers if nothing else is asked for."""
+    if adapter.on_entry or len(sections) > 1:  # tokens do not stay fewer to the end
+        return 0.0
+    return 1.0 if _by_mean_keys(adapter, grid_size) else EQUAL_RATES_FROM
+
+
+def _by_mean_keys(adapter: Adapter, grid_size: tuple[int, int] | None) -> bool:
+    """Return whether tokens are compared by their mean keys if nothing else is asked for."""
+    return adapter.compares_mean_keys and grid_size is not None and math.prod(grid_size) >= MANY_PATCHES
 
 
 @contextmanager
@@ -368,7 +383,7 @@ def _changes(model: Any, adapter: Adapter, config: MergeConfig, learned: list[Mu
             f"multi_scale={config.multi_scale!r} needs to know which tokens are neighbours, and the order in which "
             f"{type(model).__name__} keeps them does not tell. Leave it at 'off'."
         )
-    schedule = config.amounts(len(blocks), default, sections, _by_number(adapter, sections))
+    schedule = config.amounts(len(blocks), default, sections, _numbers_below(adapter, sections, grid_size))
     for block in schedule:
         if not any(block in section for section in sections):
             allowed = ", ".join(str(b) for section in sections for b in section)
@@ -398,6 +413,7 @@ def _changes(model: Any, adapter: Adapter, config: MergeConfig, learned: list[Mu
         num_prefix_tokens=num_prefix_tokens,
         num_class_tokens=class_tokens,
         grid_size=grid_size,
+        similarity=config.similarity or ("mean_keys" if _by_mean_keys(adapter, grid_size) else "tokens"),
         checkpointing=getattr(model, "grad_checkpointing", False),
     )
     changes = [Change(model, patched_class(adapter.model_mixin, type(model)), Place(plan, -1))]
@@ -450,12 +466,12 @@ def _check_on_entry(model: nn.Module, config: MergeConfig) -> None:
     fit: dict[str, tuple] = {
         "method": ("merge",),
         "importance": ("auto", "uniform"),
-        "similarity": ("tokens",),
+        "similarity": (None, "tokens"),
         "multi_scale": ("off",),
     }
     for name, allowed in fit.items():
         if getattr(config, name) not in allowed:
             raise ConfigError(
                 f"{name}={getattr(config, name)!r} does not fit this {type(model).__name__}, whose blocks merge tokens "
-                f"on entry, before they attend. Choose {' or '.join(map(repr, allowed))}."
+                f"on entry, before they attend. Choose {' or '.join(repr(value) for value in allowed if value)}."
             )

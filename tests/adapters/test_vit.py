@@ -1,5 +1,7 @@
 """What holds for the ViTs of timm, on a grid of 8 x 8 patches: `test_families.py` holds the rest."""
 
+import pickle
+
 import pytest
 import timm
 import torch
@@ -7,7 +9,7 @@ from checks import equal_patches
 from families import DEPTH, FAMILIES, IMAGE_SIZE, SMALL_VITS, images, make
 from torch import nn
 
-from token_merge_plugin import apply
+from token_merge_plugin import MergeConfig, apply
 from token_merge_plugin.trial.counting import count_macs
 
 every_kind = pytest.mark.parametrize("kind", FAMILIES["vit"])
@@ -174,7 +176,7 @@ def test_register_tokens_are_neither_scored_nor_merged():
 
 @pytest.mark.parametrize("kind", ["ViT", "ViT, no class token, average"])
 @pytest.mark.parametrize("importance", ["auto", "uniform"])
-@pytest.mark.parametrize("similarity", ["tokens", "keys", "values"])
+@pytest.mark.parametrize("similarity", ["tokens", "mean_keys", "keys", "values"])
 @pytest.mark.parametrize("multi_scale", ["off", "importance", "descriptors"])
 def test_every_option_runs(kind, importance, similarity, multi_scale):
     model = make(kind)
@@ -185,6 +187,43 @@ def test_every_option_runs(kind, importance, similarity, multi_scale):
         out = apply(model, 0.5, importance=importance, **options)(x)
         assert out.shape == shape
         assert torch.isfinite(out).all()
+
+
+def plan_of(kind, *config, **changes):
+    model = make(kind, depth=12, **changes)
+    apply(model, *config[:1], **(config[1] if config[1:] else {}))
+    return next(module._token_merge.plan for module in model.modules() if hasattr(module, "_token_merge"))
+
+
+def test_many_patches_are_compared_by_mean_keys_in_five_stages():
+    many = {"img_size": 112}  # 28 x 28 patches
+    few, plan = plan_of("ViT", 0.7, img_size=108), plan_of("ViT", 0.7, **many)
+    assert (few.similarity, list(few.schedule)) == ("tokens", [3, 6, 9])
+    assert (plan.similarity, list(plan.schedule)) == ("mean_keys", [1, 3, 5, 7, 9])
+    assert plan.config == MergeConfig(0.7)
+    assert pickle.loads(pickle.dumps(plan)).similarity == "mean_keys"
+    for options, expected in (
+        ({"similarity": "tokens"}, ("tokens", [1, 3, 5, 7, 9])),
+        ({"schedule": "equal_rates"}, ("mean_keys", [3, 6, 9])),
+        ({"multi_scale": "learned"}, ("mean_keys", [3, 6, 9])),
+    ):
+        plan = plan_of("ViT", 0.7, options, **many)
+        assert (plan.similarity, list(plan.schedule)) == expected
+
+
+@pytest.mark.parametrize(
+    ("kind", "size"), [("ViT, any image size", 112), ("DINOv3", 448), ("BEiT", 448), ("relative position, MLP", 448)]
+)
+def test_positions_in_keys_and_biases_and_unknown_grids_leave_tokens_to_be_compared(kind, size):
+    plan = plan_of(kind, 0.7, img_size=size)
+    assert (plan.similarity, list(plan.schedule)) == ("tokens", [3, 6, 9])
+
+
+def test_a_plan_of_a_former_version_compares_what_its_config_says():
+    plan = plan_of("ViT", 0.7)
+    object.__setattr__(plan.config, "similarity", "keys")
+    del plan.__dict__["similarity"]
+    assert pickle.loads(pickle.dumps(plan)).similarity == "keys"
 
 
 def test_a_full_sized_deit_has_the_published_counts():

@@ -50,6 +50,8 @@ def test_a_model_is_exported_by_its_name_and_a_config(tmp_path, capsys):
     assert "model.pt2 is there already. Name another file, or have it replaced: replace=True, --force." in (
         capsys.readouterr().err
     )
+    assert main([*arguments, "--force", "--dynamic-size"]) == 0
+    assert "320 x 160 pixels 0.0e+00" in capsys.readouterr().out
     draw_two_classes(tmp_path / "photos", 3, (40, 50))
     assert main([*arguments, "--force", "--data", "photos", "--workers", "0"]) == 0
     assert "keep rate 0.7" in capsys.readouterr().out
@@ -62,6 +64,12 @@ def test_a_model_is_exported_by_its_name_and_a_config(tmp_path, capsys):
         (["-o", "nowhere/model.onnx"], "there is no folder nowhere"),
         (["-o", "model.pt2", "--to", "torch", "--tolerance", "-1"], "does not give what this VisionTransformer gives"),
         (["test_vitt", "-o", "model.onnx"], "timm has no model 'test_vitt'"),
+        (["test_vitt", "-o", "model.onnx", "--dynamic-size"], "timm has no model 'test_vitt'"),
+        (
+            ["cait_xxs24_224", "--no-pretrained", "-o", "model.onnx", "--dynamic-size"],
+            "cait_xxs24_224 cannot be created with dynamic_img_size=True: ",
+        ),
+        (["-o", "model.pt2", "--to", "torch", "--dynamic-size"], "The built-in model is complete as it is"),
     ],
 )
 @pytest.mark.usefixtures("kept")

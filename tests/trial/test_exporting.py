@@ -60,6 +60,22 @@ def test_a_file_gives_what_the_model_gives_at_any_batch(exported):
     assert result.agreement == 1
 
 
+@pytest.mark.skipif(not hasattr(torch.export.Dim, "AUTO"), reason="needs torch 2.6")
+@pytest.mark.parametrize("to", ["torch", "onnx"])
+@torch.no_grad()
+def test_a_file_takes_images_of_any_size_where_the_model_does(to, tmp_path):
+    model, x = make("ViT, any image size", depth=2), images("ViT, any image size")
+    height, width = x.shape[2:]
+    options = {"images": x, "dynamic_batch": True, "dynamic_size": True, "rounds": 0}
+    result = export(model, tmp_path / f"model{SUFFIXES[to]}", to, 0.6, **options)
+    assert list(result.resized) == [(2 * height, width), (height, 2 * width)]
+    assert max(result.resized.values()) < 1e-5
+    assert f", {2 * height} x {width} pixels {result.resized[2 * height, width]:.1e}, " in str(result)
+    run, patched = RUNTIMES[to].load(result.files[0]), apply(model, 0.6)
+    x = torch.randn(3, 3, height + 8, width + 16)
+    torch.testing.assert_close(run(x)[0], patched(x), rtol=1e-4, atol=1e-5)
+
+
 def test_a_file_is_described_and_timed(exported):
     *_, result = exported
     assert result.size == sum(file.stat().st_size for file in result.files)
@@ -90,6 +106,23 @@ class Wrong(Kept):
     def load(self, path):
         run = super().load(path)
         return lambda x: [self.how(output) for output in run(x)]
+
+
+@pytest.mark.skipif(not hasattr(torch.export.Dim, "AUTO"), reason="needs torch 2.6")
+def test_a_file_that_is_wrong_at_another_size_is_refused(tmp_path, monkeypatch):
+    x = images("ViT, any image size")
+
+    class WrongElsewhere(Kept):
+        def load(self, path):
+            run = super().load(path)
+            return lambda y: [output + (y.shape[2:] != x.shape[2:]) for output in run(y)]
+
+    monkeypatch.setitem(RUNTIMES, "torch", WrongElsewhere())
+    model = make("ViT, any image size", depth=2)
+    with pytest.raises(ExportError, match=r"at \d+ x \d+ pixels outputs differ by"):
+        export(model, tmp_path / "model.pt2", "torch", images=x, dynamic_size=True, rounds=0)
+    assert list(tmp_path.iterdir()) == []
+    export(model, tmp_path / "model.pt2", "torch", images=x, rounds=0)
 
 
 @pytest.fixture
@@ -257,6 +290,7 @@ def test_bad_input_is_refused_before_the_work_begins(tmp_path, monkeypatch):
         (small(), "model.onnx", {"keep_rate": 1.5}, ConfigError, "keep_rate"),
         (small(), "model.onnx", {"images": x[:, :1]}, DataError, "does not take images"),
         (small(), "model.onnx", {"images": x[:0]}, DataError, "There are no images"),
+        (small(), "model.onnx", {"images": x, "dynamic_size": True}, ConfigError, "(?s)of other sizes.*|torch 2.6"),
     ]
     for model, name, options, error, message in cases:
         with pytest.raises(error, match=message):

@@ -727,6 +727,8 @@ class Adapter:
         known_blocks, known_attention: {class: mixin} of blocks and attention layers, whose forward is known by them.
         in_rows: image tokens are in the order of the grid's rows, so that their neighbours are known.
         on_entry: each block merges tokens on entry, and restores the grid itself.
+        compares_mean_keys: tokens are compared by their mean keys where there are many: measured where positions are an
+            embedding added to the tokens, and not in the keys or in a bias.
         model_mixin: mixin for the model itself.
     """
 
@@ -739,6 +741,7 @@ class Adapter:
     known_blocks: ClassVar[Known] = {}
     known_attention: ClassVar[Known] = {}
     on_entry: ClassVar[bool] = False
+    compares_mean_keys: ClassVar[bool] = False
     model_mixin: ClassVar[type[Patched]] = PatchedModel
 
     def __init_subclass__(cls, **options: Any) -> None:

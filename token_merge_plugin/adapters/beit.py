@@ -34,6 +34,7 @@ class BeitAdapter(VisionTransformerAdapter):
     family = "BEiT"
     timm_modules = ("beit",)
     example = "beit_base_patch16_224"
+    compares_mean_keys = False
     known_blocks = {beit.Block: MergingEvaBlock}
     known_attention = {beit.Attention: MergingBeitAttention}
 

@@ -86,6 +86,7 @@ class EvaAdapter(VisionTransformerAdapter):
     family = "EVA and DINOv3"
     timm_modules = ("eva",)
     example = "vit_small_patch16_dinov3"
+    compares_mean_keys = False
     known_blocks = {eva.EvaBlock: MergingEvaBlock, eva.EvaBlockPostNorm: MergingEvaBlockPostNorm}
     known_attention = {eva.EvaAttention: MergingAttentionRope} | classes(
         timm.layers, AttentionRope=MergingAttentionRope

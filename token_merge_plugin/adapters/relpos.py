@@ -32,6 +32,7 @@ class VisionTransformerRelPosAdapter(VisionTransformerAdapter):
     family = "ViT with relative position"
     timm_modules = ("vision_transformer_relpos",)
     example = "vit_relpos_small_patch16_224"
+    compares_mean_keys = False
     known_blocks = {relpos.RelPosBlock: MergingBlock, relpos.ResPostRelPosBlock: MergingResPostBlock}
     known_attention = {relpos.RelPosAttention: MergingRelPosAttention}
 

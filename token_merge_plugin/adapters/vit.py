@@ -200,6 +200,7 @@ class VisionTransformerAdapter(Adapter):
     family = "ViT and DeiT"
     timm_modules: ClassVar[tuple[str, ...]] = ("vision_transformer", "deit", "vision_transformer_hybrid", "vitamin")
     example = "deit_small_patch16_224"
+    compares_mean_keys: ClassVar[bool] = True
     model_mixin: ClassVar[type[Patched]] = MergingVisionTransformer
     known_blocks = {
         vit.Block: MergingBlock,

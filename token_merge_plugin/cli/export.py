@@ -40,6 +40,9 @@ def add(commands: Any) -> None:
     group.add_argument("--to", choices=RUNTIMES, default="onnx", help="default: onnx")
     group.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help=".onnx, .xml or .pt2")
     group.add_argument("--dynamic-batch", action="store_true", help="take batches of any size; else of one image")
+    group.add_argument(
+        "--dynamic-size", action="store_true", help="take images of any size that the model takes; else of one"
+    )
     group.add_argument("--force", action="store_true", help="replace the output, whatever it is")
     group = parser.add_argument_group("check")
     group.add_argument(
@@ -60,7 +63,7 @@ def _export(args: argparse.Namespace) -> int:
     check_outputs(args.output)
     check_place(args.output, find_runtime(args.to), args.force)
     keep_freed_memory()
-    model = load(args)
+    model = load(args, dynamic_size=args.dynamic_size)
     config = asked_config(args, model)
     print(args.model or BUILTIN, flush=True)
     done = export(
@@ -70,6 +73,7 @@ def _export(args: argparse.Namespace) -> int:
         config,
         images=_images(args, model),
         dynamic_batch=args.dynamic_batch,
+        dynamic_size=args.dynamic_size,
         replace=args.force,
         tolerance=args.tolerance,
         rounds=args.rounds,

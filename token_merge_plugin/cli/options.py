@@ -218,7 +218,7 @@ def _read_config(path: Path) -> MergeConfig:
         raise ConfigError(f"{path}: {error} Give a file of token-merge calibrate.") from error
 
 
-def load(args: argparse.Namespace) -> nn.Module:
+def load(args: argparse.Namespace, dynamic_size: bool = False) -> nn.Module:
     torch.manual_seed(args.seed)
     return load_model(
         args.model,
@@ -228,6 +228,7 @@ def load(args: argparse.Namespace) -> nn.Module:
         num_classes=args.num_classes,
         img_size=args.img_size,
         in_chans=args.in_chans,
+        dynamic_size=dynamic_size,
     ).to(args.device)
 
 

@@ -142,6 +142,7 @@ def _merge(stage: Stage) -> Reduced:
 
 def _tome(stage: Stage) -> Reduced:
     """Merge as ToMe does, by the keys' mean over heads."""
+    _check_no_mask(stage)
     tokens = stage.tokens.shape[1]
     keep = max(tokens_kept(tokens, stage.amount), tokens - tokens // 2)
     with torch.no_grad():
@@ -166,6 +167,7 @@ def _ppt(stage: Stage) -> Reduced:
     as in ToMe. Both leave the same number. Of the paper's schedules only three stages are taken; the order of the
     tokens that are kept, and merging in several rounds where more than half are to go, are not from it.
     """
+    _check_no_mask(stage)
     keep, prefix = tokens_kept(stage.tokens.shape[1], stage.amount), stage.state.num_prefix_tokens
     with torch.no_grad():
         pool = bipartite_rounds(_mean_keys(stage), stage.before.size, keep, prefix)
@@ -333,20 +335,25 @@ def _attention_received(stage: Stage, rows: Tensor, values: bool = False) -> Ten
     return received[:, :, prefix:]
 
 
-def _mean_keys(stage: Stage) -> Tensor:
-    """Return the keys' mean over heads, by which ToMe compares tokens: [B, T, D]."""
+def _check_no_mask(stage: Stage) -> None:
     if stage.evidence[0].bias is not None:
         method = stage.plan.config.method
         raise ConfigError(f"method={method!r} is not defined with an attention mask. Choose method='merge'.")
+
+
+def _mean_keys(stage: Stage) -> Tensor:
+    """Return the keys' mean over heads, by which ToMe compares tokens: [B, T, D]."""
     prefix = stage.state.num_prefix_tokens
     return torch.cat([seen.key[:, :, prefix:].mean(dim=1) for seen in stage.evidence], dim=2)
 
 
 def _descriptors(stage: Stage) -> Tensor:
     """Return what tokens are compared by: [B, T, D]."""
-    kind = stage.plan.config.similarity
+    kind = stage.plan.similarity
     if kind == "tokens":
         descriptors = stage.tokens
+    elif kind == "mean_keys":
+        descriptors = _mean_keys(stage)
     else:
         layers = [seen.key if kind == "keys" else seen.value for seen in stage.evidence]
         prefix = stage.state.num_prefix_tokens

@@ -200,6 +200,7 @@ class Plan:
         num_prefix_tokens: tokens in front of the image tokens.
         num_class_tokens: of these, the first ones, whose attention says what matters.
         grid_size: (height, width) of the patch grid, or None where it depends on the image.
+        similarity: what tokens are compared by, an option of `config` that may leave it open.
         checkpointing: recompute each block in the backward pass.
         begun: {first block of a section's stages: (grid size, whether the grid is read, whether every block gives the
             full grid back)} of the last pass whose gradients may be asked for. The only thing that a pass changes: for
@@ -212,6 +213,7 @@ class Plan:
     num_prefix_tokens: int
     num_class_tokens: int
     grid_size: tuple[int, int] | None
+    similarity: str = "tokens"
     checkpointing: bool = False
     begun: dict[int, tuple[tuple[int, int] | None, bool, bool]] = field(default_factory=dict)
     key: int = field(default_factory=lambda: next(_keys))
@@ -231,7 +233,8 @@ class Plan:
 
     def __setstate__(self, state: dict) -> None:
         # A copy is another model: its passes must not be taken for the original's. A pickle may be of a former version.
-        self.__dict__.update({"begun": {}} | state, key=next(_keys))
+        former: dict = {"begun": {}, "similarity": state["config"].similarity or "tokens"}
+        self.__dict__.update(former | state, key=next(_keys))
 
     def open_edge(self, keep_grid: bool, reads_grid: bool) -> tuple[Edge | None, Pass | None]:
         """Note that a method of the model is under way; return what `close_edge` puts back.

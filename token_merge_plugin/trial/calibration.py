@@ -35,6 +35,8 @@ SURE = 1.96
 ALTERNATIVES: tuple[tuple[str, Any, float], ...] = (
     ("importance", "class_attention", 1.0),
     ("importance", "uniform", 1.0),
+    ("similarity", "tokens", 1.0),
+    ("similarity", "mean_keys", 1.0),
     ("proportional_attention", False, SURE),
 )
 
@@ -98,8 +100,8 @@ def calibrate(
 
     How far the output moves is the root of the KL divergence of the predictions; for a model without classes the
     relative error of its patch tokens, or of what a head makes of them. Schedules by rate and by number are measured,
-    and the best is tried with each importance and without proportional attention, which is switched off only where
-    that surely helps.
+    and the best is tried with each importance, with tokens and mean keys compared, and without proportional attention,
+    which is switched off only where that surely helps.
 
     Args:
         model: a supported model. It is unpatched, and in the mode it was in, at the end.

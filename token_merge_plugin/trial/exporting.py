@@ -14,15 +14,16 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.export import Dim
 
 from token_merge_plugin.config import KeepRate, MergeConfig
-from token_merge_plugin.errors import DataError, ExportError, counted, first_line
+from token_merge_plugin.errors import ConfigError, DataError, ExportError, counted, first_line
 from token_merge_plugin.patching import config_of, is_patched, remove
 from token_merge_plugin.trial.fusion import remember, remembered, with_fusion
 from token_merge_plugin.trial.images import AnyImages, collect_images
 from token_merge_plugin.trial.measuring import check_images, device_of, plan, take_turns
 from token_merge_plugin.trial.models import data_config, load_model
-from token_merge_plugin.trial.runtimes import Contents, Run, Runtime, find_runtime, tensors_of
+from token_merge_plugin.trial.runtimes import Contents, Dynamic, Run, Runtime, find_runtime, taller, tensors_of
 from token_merge_plugin.trial.speed import median_interval, speed_ups
 from token_merge_plugin.trial.table import format_speed_up
 
@@ -44,6 +45,7 @@ class Export:
         size: bytes of all of them.
         contents: its format and operators.
         differences: {batch size: largest difference to the model's output, as a share of the largest output}.
+        resized: {(height, width): the same for an image of another size}; empty where the size is fixed.
         agreement: share of the images with the same top-1; None for a model without classes.
         images: how many were compared, real or random.
         speed_ups: {batch size: (speed-up over the unpatched model in this runtime, its interval)}; empty if nothing was
@@ -57,6 +59,7 @@ class Export:
     size: int
     contents: Contents
     differences: dict[int, float]
+    resized: dict[tuple[int, int], float]
     agreement: float | None
     images: int
     speed_ups: dict[int, tuple[float, tuple[float, float]]]
@@ -65,7 +68,13 @@ class Export:
         contents, total = self.contents, sum(self.contents.operators.values())
         setting = "unpatched" if self.config is None else f"{self.config.method}, keep rate {self.config.keep_rate}"
         operators = ", ".join(f"{name} {number}" for name, number in contents.operators.items())
-        batches = ", ".join(f"batch {size} {value:.1e}" for size, value in self.differences.items())
+        batches = ", ".join(
+            f"{of} {value:.1e}"
+            for of, value in (
+                *((f"batch {size}", value) for size, value in self.differences.items()),
+                *((f"{height} x {width} pixels", value) for (height, width), value in self.resized.items()),
+            )
+        )
         agreement = "" if self.agreement is None else f"; top-1 agrees on {self.agreement:.2%}"
         lines = [
             f"{self.model}, {setting}, for {self.runtime}",
@@ -89,6 +98,7 @@ def export(
     *,
     images: AnyImages | None = None,
     dynamic_batch: bool = False,
+    dynamic_size: bool = False,
     replace: bool = False,
     tolerance: float = TOLERANCE,
     rounds: int = 20,
@@ -104,6 +114,8 @@ def export(
         images: that are compared and timed, preprocessed, all of them: see `collect_images`. None for random ones of
             the size that timm knows of the model.
         dynamic_batch: take batches of any size; else of one image.
+        dynamic_size: take images of any height and width that the model takes, such as a ViT that was created with
+            `dynamic_img_size=True`; else of the size of `images`.
         replace: replace a file that is there already.
         tolerance: the largest difference allowed, as a share of the largest output.
         rounds: passes that are timed of each model; 0 for none.
@@ -126,17 +138,25 @@ def export(
     unpatched = remove(copy.deepcopy(patched))
     x = _some_images(patched, images)
     check_images(unpatched, x[:1])
+    others = [taller(x[:1]), taller(x[:1].mT).mT] if dynamic_size else []
+    for image in others:
+        _check_takes(unpatched, image)
+    dynamic = Dynamic(dynamic_batch, dynamic_size)
     sizes = BATCH_SIZES if dynamic_batch else (1,)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as folder:
         made = Path(folder) / path.name
         other = Path(folder) / f"unpatched{path.suffix}"
-        contents, run = _exported(patched, unpatched, x, (made, other), runtime, dynamic_batch)
+        contents, run = _exported(patched, unpatched, x, (made, other), runtime, dynamic)
         differences, agreement = _compared(run, patched, x, sizes)
-        _check(differences, tolerance, patched, runtime)
+        resized = {
+            (image.shape[2], image.shape[3]): max(map(_difference, run(image), tensors_of(patched(image))))
+            for image in others
+        }
+        _check(differences, resized, tolerance, patched, runtime)
         speeds = {}
         if rounds:
             with suppress(ExportError):  # some models export with the patch alone
-                _, unpatched_run = _write(unpatched, x, other, runtime, dynamic_batch)
+                _, unpatched_run = _write(unpatched, x, other, runtime, dynamic)
                 runs = (unpatched_run, run)
                 speeds = {size: _speed_up(runs, x[:size], rounds) for size in sizes if size != 2}
         written = [part for part in runtime.files(made) if part.exists()]
@@ -151,6 +171,7 @@ def export(
         size=size,
         contents=contents,
         differences=differences,
+        resized=resized,
         agreement=agreement,
         images=len(x),
         speed_ups=speeds,
@@ -202,31 +223,33 @@ def _exported(
     images: Tensor,
     paths: tuple[Path, Path],
     runtime: Runtime,
-    dynamic_batch: bool,
+    dynamic: Dynamic,
 ) -> tuple[Contents, Run]:
     """Write the patched model to the first path; where that fails, say whether the unpatched one fails as well."""
     try:
-        return _write(patched, images, paths[0], runtime, dynamic_batch)
+        return _write(patched, images, paths[0], runtime, dynamic)
     except ExportError as error:
         try:
-            _write(unpatched, images, paths[1], runtime, dynamic_batch)
+            _write(unpatched, images, paths[1], runtime, dynamic)
         except ExportError as own:
             raise own from error
         raise ExportError(f"{error} Unpatched it does. Please report this.") from error
 
 
-def _write(model: nn.Module, images: Tensor, path: Path, runtime: Runtime, dynamic_batch: bool) -> tuple[Contents, Run]:
+def _write(model: nn.Module, images: Tensor, path: Path, runtime: Runtime, dynamic: Dynamic) -> tuple[Contents, Run]:
     """Write a model to a file, and return what is in it, and what runs it.
 
     Raises:
         ExportError: it cannot be exported, or its file does not run.
     """
     try:
-        program = runtime.program(model, images, dynamic_batch)
+        program = runtime.program(model, images, dynamic)
         runtime.save(program, path)
         contents, run = runtime.contents(program, path), runtime.load(path)
-        for size in BATCH_SIZES if dynamic_batch else (1,):
+        for size in BATCH_SIZES if dynamic.batch else (1,):
             run(images[:size])
+        if dynamic.size:
+            run(taller(images[:1]))
         return contents, run
     except Exception as error:  # of the exporters, of the compilers below them, of the runtimes
         name = f"{type(model).__name__}, {'patched' if is_patched(model) else 'unpatched'}"
@@ -268,13 +291,36 @@ def _difference(output: Tensor, expected: Tensor) -> float:
     return ((output - expected).abs().max() / expected.abs().max().clamp(min=1e-12)).item()
 
 
-def _check(differences: dict[int, float], tolerance: float, model: nn.Module, runtime: Runtime) -> None:
-    size, largest = max(differences.items(), key=lambda item: (item[1] != item[1], item[1]))
+def _check(
+    differences: dict[int, float],
+    resized: dict[tuple[int, int], float],
+    tolerance: float,
+    model: nn.Module,
+    runtime: Runtime,
+) -> None:
+    found = [(value, f"batch {size}") for size, value in differences.items()]
+    found += [(value, f"{height} x {width} pixels") for (height, width), value in resized.items()]
+    largest, where = max(found, key=lambda item: (item[0] != item[0], item[0]))
     if not largest <= tolerance:
         raise ExportError(
-            f"{runtime.name} does not give what this {type(model).__name__} gives: at batch {size} outputs differ by "
+            f"{runtime.name} does not give what this {type(model).__name__} gives: at {where} outputs differ by "
             f"{largest:.2g} of the largest output, and {tolerance:g} is allowed. No file was written."
         )
+
+
+def _check_takes(model: nn.Module, image: Tensor) -> None:
+    """Refuse a dynamic size where the unpatched model takes images of one size, or torch has no such thing."""
+    if not hasattr(Dim, "AUTO"):
+        raise ConfigError(f"A dynamic image size needs torch 2.6 or newer, and this is {torch.__version__}.")
+    height, width = image.shape[2:]
+    try:
+        model(image)
+    except Exception as error:  # every model has its own
+        raise ConfigError(
+            f"{type(model).__name__}, unpatched, does not take images of other sizes, such as {height} x {width}: "
+            f"{first_line(error).rstrip('.')}. Create it with dynamic_img_size=True if it is a ViT, or leave the size "
+            "fixed."
+        ) from error
 
 
 def _speed_up(runs: Sequence[Run], images: Tensor, rounds: int) -> tuple[float, tuple[float, float]]:

@@ -29,6 +29,7 @@ def load_model(
     num_classes: int | None = None,
     img_size: int | None = None,
     in_chans: int | None = None,
+    dynamic_size: bool = False,
 ) -> nn.Module:
     """Create a model as timm's validate.py does, in eval mode.
 
@@ -42,6 +43,7 @@ def load_model(
         img_size: side of the input in pixels; None for that of the weights. Give it to `data_config` as well: many
             models take images of any size.
         in_chans: channels of the input; None for those of the weights.
+        dynamic_size: have it take images of other sizes, if it would not.
 
     Raises:
         ConfigError: there is no such model, or it cannot be built with these options.
@@ -49,6 +51,7 @@ def load_model(
         DataError: the weights cannot be had, or the checkpoint is missing, damaged or does not fit.
     """
     options: dict[str, Any] = {"num_classes": num_classes, "img_size": img_size, "in_chans": in_chans}
+    options["dynamic_img_size"] = True if dynamic_size else None
     pretrained = pretrained and checkpoint is None
     if checkpoint is not None and not Path(checkpoint).is_file():
         raise DataError(f"There is no checkpoint {checkpoint}. Give a file of weights, as timm's train.py writes it.")
@@ -88,6 +91,8 @@ def _load_checkpoint(model: nn.Module, checkpoint: str | Path, use_ema: bool) ->
 
 def _timm_model(name: str, pretrained: bool, read: bool, **options: Any) -> nn.Module:
     _check_name(name, pretrained)
+    if options["dynamic_img_size"] is None or _built_for(name, 224) is None:
+        del options["dynamic_img_size"]  # it takes any size, or is not to
     if read:
         _check_served(name, options)
     try:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from importlib import metadata
 from io import StringIO
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +37,18 @@ class Contents:
     form: str
     operators: dict[str, int]
     scatters: tuple[str, ...]
+
+
+class Dynamic(NamedTuple):
+    """Which dimensions of the images [B, C, H, W] a file leaves open: the batch, and height and width."""
+
+    batch: bool
+    size: bool
+
+
+def taller(images: Tensor) -> Tensor:
+    """Stretch images to [B, C, 2 H, W]: a size that suits all whose steps suit the images, and no square."""
+    return images.repeat_interleave(2, dim=2)
 
 
 class Runtime:
@@ -70,12 +82,18 @@ class Runtime:
         """Return the files that may be written for a path, itself last: it is complete when it is there."""
         return [path]
 
-    def program(self, model: nn.Module, images: Tensor, dynamic_batch: bool) -> ExportedProgram:
-        """Return the program of a model that takes a batch of one image, or of any number."""
-        if not dynamic_batch:
-            return torch.export.export(model, (images[:1],))
+    def program(self, model: nn.Module, images: Tensor, dynamic: "Dynamic") -> ExportedProgram:
+        """Return the program of a model that takes a batch of one image, or of any number, of one size or of others."""
+        shapes: dict[int, Any] = {}
+        if dynamic.batch:
+            shapes[0] = Dim("batch", min=1)
+        if dynamic.size:
+            # What sizes a model takes is for the exporter to find out.
+            shapes |= {2: Dim.AUTO, 3: Dim.AUTO}
+            images = taller(images)
         # From two images: with one, a dimension that is broadcast could not be told from the batch.
-        return torch.export.export(model, (images[:2],), dynamic_shapes=({0: Dim("batch", min=1)},))
+        images = images[: 2 if dynamic.batch else 1]
+        return torch.export.export(model, (images,), dynamic_shapes=(shapes,) if shapes else None)
 
     def save(self, program: ExportedProgram, path: Path) -> None:
         raise NotImplementedError
