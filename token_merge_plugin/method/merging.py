@@ -76,7 +76,7 @@ def merge_cost(descriptors: Tensor, weight: Tensor) -> Tensor:
 
 def without_diagonal(cost: Tensor) -> Tensor:
     """Return the cost [B, T, T] with a prohibitive diagonal: no token merges with itself."""
-    return cost + PROHIBITIVE * torch.eye(cost.shape[1], dtype=torch.float32, device=cost.device)
+    return cost.add(torch.eye(cost.shape[1], dtype=torch.float32, device=cost.device), alpha=PROHIBITIVE)
 
 
 def assign(cost: Tensor, keep_rate: float, real: Tensor | None = None) -> Assignment:
