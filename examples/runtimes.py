@@ -2,10 +2,11 @@
 
     python examples/runtimes.py --rounds 20
 
-Writes results/runtimes.md, with three tables: DeiT-S in each runtime, patched against unpatched in the same one; a
-small model of each family (those of the tests) in each runtime; and int8, of torchao, ONNX Runtime and OpenVINO, on the
-built-in model and images. Needs the extras onnx and openvino, and `pip install torchao nncf`. Results are kept as they
-come in the log: the same command goes on from there, and `--parts` asks for some of the tables.
+Writes results/runtimes.md, with tables: DeiT-S in each runtime, patched against unpatched in the same one; a small
+model of each family (those of the tests) in each runtime; int8, of torchao, ONNX Runtime and OpenVINO, on the built-in
+model and images; and, with `--weights` and `--photographs`, on the ViT of real_weights.py. Needs the extras onnx and
+openvino, and `pip install torchao nncf`. Results are kept as they come in the log: the same command goes on from there,
+and `--parts` asks for some of the tables.
 """
 
 import argparse
@@ -35,12 +36,13 @@ from token_merge_plugin.trial.speed import median_interval, speed_ups
 from token_merge_plugin.trial.table import format_speed_up
 
 FOLDER = Path(__file__).parent
-PARTS = ("runtimes", "families", "quantisation")
+PARTS = ("runtimes", "families", "quantisation", "tokens")
 KEEP_RATE = 0.7
 IMAGES = 200
 PACKAGES = ("torch", "timm", "onnx", "onnxruntime", "openvino", "torchao", "nncf")
 
 Rows = list[list[str]]
+Quantisations = Iterator[tuple[str, Callable[[], list[str]]]]
 
 
 # The runtimes, and the families in them
@@ -124,8 +126,9 @@ def by_onnx_runtime(file: Path, images: Tensor | None = None) -> Callable[[Tenso
     if images is None:
         quantize_dynamic(file, quantised)
     else:
-        # Products of two activations stay as they are: attention, and the distances by which tokens are chosen.
-        quantize_static(file, quantised, Reader(), extra_options={"MatMulConstBOnly": True})
+        # Layers with weights alone. What chooses tokens compares numbers that 8 bits cannot tell apart.
+        options = {"op_types_to_quantize": ["MatMul", "Gemm", "Conv"], "extra_options": {"MatMulConstBOnly": True}}
+        quantize_static(file, quantised, Reader(), **options)
     return _first(RUNTIMES["onnx"].load(quantised))
 
 
@@ -149,21 +152,70 @@ def _first(run: Callable[[Tensor], list[Tensor]]) -> Callable[[Tensor], Tensor]:
     return lambda images: run(images)[0]
 
 
+class Features(nn.Module):
+    """A model that gives its tokens, [B, 1 + N, C]."""
+
+    def __init__(self, model: Any):
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.model.forward_features(images)
+
+
+def of_classes(folder: Path) -> Quantisations:
+    """Go through the ways to quantise the built-in model."""
+    images, labels = load_images()
+    x, y = images[:IMAGES], labels[:IMAGES]
+
+    def cells(before: Tensor, after: Tensor) -> list[str]:
+        before, after = before.argmax(1), after.argmax(1)
+        return [f"{value.float().mean():.1%}" for value in (before == y, after == y, before == after)]
+
+    return quantisations(create_reference_model(), x, images[-64:], cells, folder)
+
+
 @torch.no_grad()
-def of_quantisation(folder: Path) -> Iterator[tuple[str, Callable[[], list[str]]]]:
-    """Go through the ways to quantise: (name, what makes the row's other cells)."""
+def of_tokens(folder: Path, weights: Path, photographs: list[Path]) -> Quantisations:
+    """Go through the ways to quantise the ViT with pretrained weights, on photographs."""
+    import real_weights
+    from ablation import relative_error
+
+    crops = torch.cat([real_weights.photographs(path, 224, 1).images for path in photographs])
+    x, calibration = crops[1::2], crops[::2][:32]
+    model = Features(real_weights.load_backbone(weights))
+    expected = torch.cat([model(batch) for batch in x.split(8)])
+
+    def cells(before: Tensor, after: Tensor) -> list[str]:
+        parts = (slice(1, None), slice(0, 1))  # the patches, the class token
+        return [
+            f"{relative_error(found[:, part], expected[:, part]).mean():.3f}"
+            for part in parts
+            for found in (before, after)
+        ]
+
+    return quantisations(model, x, calibration, cells, folder)
+
+
+@torch.no_grad()
+def quantisations(
+    model: nn.Module, x: Tensor, calibration: Tensor, cells: Callable[[Tensor, Tensor], list[str]], folder: Path
+) -> Quantisations:
+    """Go through the ways to quantise: (name, what makes the row's other cells).
+
+    Args:
+        model: unpatched.
+        x, calibration: images that are compared, and that activations are calibrated on.
+        cells: make them from the outputs of the unpatched and the patched model, both quantised.
+        folder: for exported files.
+    """
     from torchao.quantization import Int8DynamicActivationInt8WeightConfig, Int8WeightOnlyConfig
 
-    model = create_reference_model()
-    images, labels = load_images()
-    x, y, calibration = images[:IMAGES], labels[:IMAGES], images[-64:]
+    folder.mkdir()
 
-    def predictions(run: Callable[[Tensor], Tensor]) -> Tensor:
-        return torch.cat([run(batch).argmax(1) for batch in x.split(8)])
-
-    def row(unpatched: Callable[[Tensor], Tensor], patched: Callable[[Tensor], Tensor]) -> list[str]:
-        before, after = predictions(unpatched), predictions(patched)
-        return [f"{value.float().mean():.1%}" for value in (before == y, after == y, before == after)]
+    def row(*runs: Callable[[Tensor], Tensor]) -> list[str]:
+        before, after = (torch.cat([run(batch) for batch in x.split(8)]) for run in runs)
+        return cells(before, after)
 
     def torchao(config: Any, first: str) -> list[str]:
         unpatched, patched = copy.deepcopy(model), copy.deepcopy(model)
@@ -200,6 +252,10 @@ HEADINGS = {
     "runtimes": ["runtime", "largest difference", "speed-up, batch 8", "speed-up, batch 1"],
     "families": ["family", "torch.export", "ONNX Runtime", "OpenVINO"],
     "quantisation": ["int8", "top-1 unpatched", "top-1 patched", "agreement of the two"],
+    "tokens": [
+        "int8",
+        *(f"{tokens}, {model}" for tokens in ("patches", "class") for model in ("unpatched", "patched")),
+    ],
 }
 
 
@@ -218,8 +274,15 @@ def page(args: argparse.Namespace, rows: dict[str, Rows]) -> str:
         "families": "Largest difference of a small model of each family, random weights, likewise.",
         "quantisation": f"The built-in model, {IMAGES} of its test images. Both models are quantised in the same way; "
         "by ONNX Runtime and nncf without the products of two activations, where these can be left out.",
+        "tokens": "ViT-S/14 with pretrained weights, 224 px, every other photograph. Relative error of the patch "
+        "tokens and of the class token against the model that is neither quantised nor patched.",
     }
-    titles = {"runtimes": "Runtimes", "families": "Families", "quantisation": "Quantisation"}
+    titles = {
+        "runtimes": "Runtimes",
+        "families": "Families",
+        "quantisation": "Quantisation",
+        "tokens": "Quantisation, photographs",
+    }
     parts = [f"# Patched models in other runtimes\n\nKeep rate {KEEP_RATE}; {versions}. By `examples/runtimes.py`."]
     parts += [
         f"## {titles[part]}\n\n{about[part]}\n\n{table(HEADINGS[part], rows[part])}" for part in PARTS if rows[part]
@@ -231,11 +294,17 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="deit_small_patch16_224", help="that is timed")
     parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--parts", nargs="+", default=PARTS, choices=PARTS)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, help="default: all; tokens only with the two below")
+    parser.add_argument("--weights", type=Path, help="folder that real_weights.py wrote")
+    parser.add_argument("--photographs", type=Path, nargs="+", help="folders of photographs")
     parser.add_argument("--families", nargs="+", metavar="NAME", help="of tests/families.py (default: one of each)")
     parser.add_argument("--output", type=Path, default=FOLDER / "results" / "runtimes.md")
     parser.add_argument("--log", type=Path, default=Path("runtimes.jsonl"), help="default: runtimes.jsonl")
     args = parser.parse_args(argv)
+    given = args.weights is not None and args.photographs is not None
+    args.parts = args.parts or [part for part in PARTS if part != "tokens" or given]
+    if "tokens" in args.parts and not given:
+        parser.error("--parts tokens needs --weights and --photographs.")
 
     keep_freed_memory()
     torch.manual_seed(0)
@@ -247,7 +316,8 @@ def main(argv: list[str] | None = None) -> None:
         work = {
             "runtimes": lambda: of_runtimes(args.model, args.rounds),
             "families": lambda: of_families(args.families),
-            "quantisation": lambda: of_quantisation(Path(folder)),
+            "quantisation": lambda: of_classes(Path(folder, "classes")),
+            "tokens": lambda: of_tokens(Path(folder, "tokens"), args.weights, args.photographs),
         }
         for part in args.parts:
             for name, cells in work[part]():

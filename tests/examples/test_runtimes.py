@@ -1,9 +1,11 @@
 """The script about other runtimes: quantisation before and after `apply`, and the page that it writes."""
 
 import copy
+from types import SimpleNamespace
 
 import nncf
 import pytest
+import real_weights
 import runtimes
 import torch
 from families import images, make
@@ -92,3 +94,30 @@ def test_the_row_of_a_compiled_model(monkeypatch):
     assert float(difference) < 1e-4
     assert all(speed.split()[0].endswith("x") for speed in speeds)
     assert len(speeds) == 2
+
+
+@torch.no_grad()
+def test_quantised_tokens_are_compared_with_those_of_the_model_as_it_was(monkeypatch, tmp_path):
+    model, x = small(), images("ViT", batch=8)
+    monkeypatch.setattr(real_weights, "load_backbone", lambda folder: copy.deepcopy(model))
+    monkeypatch.setattr(real_weights, "photographs", lambda *_: SimpleNamespace(images=x))
+    rows = {}
+    for name, cells in runtimes.of_tokens(tmp_path / "tokens", tmp_path, [tmp_path]):
+        rows[name] = [float(cell) for cell in cells()]
+        if name.startswith("ONNX Runtime"):
+            break
+    expected = model.forward_features(x[1::2])
+    merged = apply(copy.deepcopy(model), 0.7).forward_features(x[1::2])
+    error = ((merged - expected)[:, 1:].flatten(1).norm(dim=1) / expected[:, 1:].flatten(1).norm(dim=1)).mean()
+    assert rows["none"][0] == rows["none"][2] == 0
+    assert rows["none"][1] == pytest.approx(error.item(), abs=6e-4)
+    assert len(rows) == 6
+    for patches, patched, token, patched_token in list(rows.values())[1:]:
+        assert 0 < patches < patched
+        assert 0 < token < patched_token
+
+
+def test_photographs_are_needed_for_what_is_measured_on_them(capsys, tmp_path):
+    with pytest.raises(SystemExit):
+        runtimes.main(["--parts", "tokens", "--output", str(tmp_path / "r.md")])
+    assert "--parts tokens needs --weights and --photographs." in capsys.readouterr().err
