@@ -55,7 +55,7 @@ def exported(model: nn.Module, to: str, rounds: int, images: Tensor) -> list[str
         try:
             done = export(model, file, to, KEEP_RATE, images=images, dynamic_batch=True, rounds=rounds)
         except ExportError as error:
-            return [str(error), "-", "-"]
+            return [str(error).split(": ")[0], "-", "-"]
     speeds = [format_speed_up(done.speed_ups[size]) if size in done.speed_ups else "-" for size in (8, 1)]
     return [f"{max(done.differences.values()):.1e}", *speeds]
 
@@ -85,12 +85,18 @@ def of_runtimes(name: str, rounds: int) -> Iterator[tuple[str, Callable[[], list
     yield "torch.compile", lambda: compiled(model, rounds, images)
 
 
+def one_of_each_family() -> list[str]:
+    sys.path.insert(0, str(FOLDER.parent / "tests"))
+    from families import FAMILIES
+
+    return [next(iter(table)) for table in FAMILIES.values()]
+
+
 def of_families(names: list[str] | None) -> Iterator[tuple[str, Callable[[], list[str]]]]:
     """Go through the small models of the tests, one of each family: (name, what makes the row's other cells)."""
-    sys.path.insert(0, str(FOLDER.parent / "tests"))
-    from families import FAMILIES, images, make
+    from families import images, make
 
-    for kind in names or [next(iter(table)) for table in FAMILIES.values()]:
+    for kind in names or one_of_each_family():
         yield (
             kind,
             lambda kind=kind: [
@@ -267,11 +273,13 @@ def table(heading: list[str], rows: Rows) -> str:
 def page(args: argparse.Namespace, rows: dict[str, Rows]) -> str:
     versions = ", ".join(f"{package} {metadata.version(package)}" for package in PACKAGES)
     device = device_name(torch.device("cpu"))
+    not_run = sorted(set(one_of_each_family()) - {row[0] for row in rows["families"]})
     about = {
         "runtimes": f"{args.model}, random weights, {device}, {args.rounds} rounds; load average at the end: "
         f"{os.getloadavg()[0]:.1f}. Speed-up is over the unpatched model in the same runtime, in turns. Largest "
         "difference to PyTorch at batch 1, 2 and 8, as a share of the largest output.",
-        "families": "Largest difference of a small model of each family, random weights, likewise.",
+        "families": "Largest difference of a small model of each family, random weights, likewise. "
+        f"Not run: {', '.join(not_run) or 'none'}.",
         "quantisation": f"The built-in model, {IMAGES} of its test images. Both models are quantised in the same way; "
         "by ONNX Runtime and nncf without the products of two activations, where these can be left out.",
         "tokens": "ViT-S/14 with pretrained weights, 224 px, every other photograph. Relative error of the patch "
