@@ -185,6 +185,15 @@ def test_an_option_that_is_given_is_not_chosen(monkeypatch):
     assert (config.importance, config.proportional_attention) == ("uniform", False)
 
 
+def test_what_comparing_longer_descriptors_costs_is_saved_elsewhere(monkeypatch):
+    monkeypatch.setattr("token_merge_plugin.trial.calibration.ALTERNATIVES", (("similarity", "tokens", 1.0),))
+    monkeypatch.setattr("token_merge_plugin.trial.calibration.better", lambda best, other, errors=1.0: other)
+    model, x = make(img_size=112), torch.randn(2, 3, 112, 112)  # 28 x 28 patches: mean keys by default
+    config = calibrate(model, x, 0.8, moves=0)
+    assert config.similarity == "tokens"
+    assert count_macs(apply(model, config), x) / count_macs(remove(model), x) == pytest.approx(0.8, abs=0.01)
+
+
 def test_a_budget_of_time_is_met_as_it_is_measured(monkeypatch):
     # Time of which half does not follow the multiply-adds: 0.85 of the time are 0.7 of the multiply-adds.
     def times(self, base, schedules):

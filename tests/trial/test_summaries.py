@@ -3,7 +3,7 @@
 import pytest
 from families import images, make
 
-from token_merge_plugin import MergeConfig, PatchStateError, apply, config_of, is_patched, remove, summary
+from token_merge_plugin import DataError, MergeConfig, PatchStateError, apply, config_of, is_patched, remove, summary
 from token_merge_plugin.trial.counting import count_macs
 
 
@@ -19,6 +19,19 @@ def test_it_says_what_was_asked_for_and_what_is_left(kind, capsys):
     assert f"{found.macs / found.unpatched_macs:.1%}" in out
     assert all(f"block {block} keeps" in out for block in found.stages)
     assert found.unpatched_macs == count_macs(remove(model), x)
+
+
+@pytest.mark.parametrize("kind", ["ViT", "Swin", "BEiT", "DINOv3"])
+def test_it_is_of_an_image_of_the_size_that_the_model_was_created_for(kind):
+    model = apply(make(kind), 0.6)
+    assert summary(model).macs == count_macs(model, images(kind))
+
+
+def test_a_size_that_the_model_does_not_take_is_refused():
+    model = apply(make(), 0.6)
+    with pytest.raises(DataError, match=r"does not take images \[3, 50, 40\]"):
+        summary(model, (50, 40))
+    assert is_patched(model)
 
 
 def test_a_model_that_is_not_patched_has_no_summary():

@@ -255,8 +255,15 @@ class _Search:
 
     def _with_option(self, best: _Measured, option: str, value: Any, errors: float) -> _Measured:
         """Try the best schedule with another option; models that do not take it keep what they have."""
+        base, schedule = replace(best.base, **{option: value}), best.schedule
         try:
-            return better(best, self._measured(best.schedule, replace(best.base, **{option: value})), errors)
+            if option == "similarity":  # comparing longer descriptors is work as well
+                compute = self.budget.compute_left(best.base, schedule)
+                changed = self.budget.with_compute(base, partial(powers, schedule), compute)
+                if changed is None:
+                    return best
+                schedule = changed
+            return better(best, self._measured(schedule, base), errors)
         except ConfigError:
             return best
 

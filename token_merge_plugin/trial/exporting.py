@@ -22,7 +22,7 @@ from token_merge_plugin.patching import config_of, is_patched, remove
 from token_merge_plugin.trial.fusion import remember, remembered, with_fusion
 from token_merge_plugin.trial.images import AnyImages, collect_images
 from token_merge_plugin.trial.measuring import check_images, device_of, plan, take_turns
-from token_merge_plugin.trial.models import data_config, load_model
+from token_merge_plugin.trial.models import data_config, input_size, load_model
 from token_merge_plugin.trial.runtimes import Contents, Dynamic, Run, Runtime, find_runtime, taller, tensors_of
 from token_merge_plugin.trial.speed import median_interval, speed_ups
 from token_merge_plugin.trial.table import format_speed_up
@@ -112,7 +112,7 @@ def export(
         to: "onnx" (ONNX Runtime), "openvino", "torch" (torch.export) or "aoti" (AOTInductor).
         keep_rate: as for `apply`; None for what the model is patched by now, or was fine-tuned with, or else 0.7.
         images: that are compared and timed, preprocessed, all of them: see `collect_images`. None for random ones of
-            the size that timm knows of the model.
+            the size that the model was made for.
         dynamic_batch: take batches of any size; else of one image.
         dynamic_size: take images of any height and width that the model takes, such as a ViT that was created with
             `dynamic_img_size=True`; else of the size of `images`.
@@ -205,8 +205,9 @@ def _patched(model: nn.Module, keep_rate: KeepRate | MergeConfig | None, runtime
 
 
 def random_images(model: nn.Module, img_size: int | None = None) -> Tensor:
-    """Return a batch of noise, of the size that timm knows of the model, or of another one."""
-    return torch.randn(BATCH_SIZES[-1], *data_config(model, img_size=img_size)["input_size"])
+    """Return a batch of noise, of the size that the model was made for, or of another one."""
+    size = input_size(model) if img_size is None else data_config(model, img_size=img_size)["input_size"]
+    return torch.randn(BATCH_SIZES[-1], *size)
 
 
 def _some_images(model: nn.Module, images: AnyImages | None) -> Tensor:

@@ -254,6 +254,20 @@ def data_config(
         raise ConfigError(str(error)) from error
 
 
+def input_size(model: nn.Module) -> tuple[int, int, int]:
+    """Return (channels, height, width) of the images that a model was made for.
+
+    Its patch embedding knows the size that it was created with, timm's settings that of the weights.
+    """
+    channels, height, width = data_config(model)["input_size"]
+    for module in model.modules():
+        made_for = getattr(getattr(module, "patch_embed", None), "img_size", None)
+        if isinstance(made_for, tuple) and len(made_for) == 2:
+            height, width = made_for
+            break
+    return channels, height, width
+
+
 def _resolve(model: Any, overrides: dict[str, Any]) -> dict[str, Any]:
     try:
         from timm.data import resolve_input_data_config

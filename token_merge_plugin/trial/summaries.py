@@ -4,7 +4,6 @@ import copy
 from dataclasses import dataclass
 
 import torch
-from timm.data import resolve_model_data_config
 from torch import nn
 
 from token_merge_plugin.adapters import find_adapter
@@ -13,7 +12,8 @@ from token_merge_plugin.errors import PatchStateError
 from token_merge_plugin.method.state import recorded
 from token_merge_plugin.patching import plans_of, remove
 from token_merge_plugin.trial.counting import count_macs
-from token_merge_plugin.trial.measuring import device_of, evaluating
+from token_merge_plugin.trial.measuring import check_images, device_of, evaluating
+from token_merge_plugin.trial.models import input_size
 
 
 @dataclass(frozen=True)
@@ -61,16 +61,19 @@ def summary(model: nn.Module, image_size: tuple[int, int] | None = None) -> Summ
         image_size: (height, width) in pixels; None for the model's own.
 
     Raises:
+        DataError: the model does not take images of this size.
         PatchStateError: the model is not patched.
     """
     plans = plans_of(model)
     if not plans:
         raise PatchStateError(f"This {type(model).__name__} is not patched. Apply token merging first.")
     adapter = next(found for found in map(find_adapter, model.modules()) if found is not None)
-    channels, *own_size = resolve_model_data_config(model)["input_size"]
+    channels, *own_size = input_size(model)
     parameter = next(model.parameters())
     image = torch.zeros(1, channels, *(image_size or own_size), dtype=parameter.dtype, device=device_of(model))
-    with torch.no_grad(), evaluating(model), recorded() as trace:
+    unpatched = remove(copy.deepcopy(model))
+    with torch.no_grad(), evaluating(model), evaluating(unpatched), recorded() as trace:
+        check_images(unpatched, image)
         model(image)
     found = Summary(
         model=type(model).__name__,
@@ -79,7 +82,7 @@ def summary(model: nn.Module, image_size: tuple[int, int] | None = None) -> Summ
         stages=dict(plans[0].schedule),
         tokens={block: state.merged.size.shape[1] for block, state in trace if state.merged is not None},
         macs=count_macs(model, image),
-        unpatched_macs=count_macs(remove(copy.deepcopy(model)), image),
+        unpatched_macs=count_macs(unpatched, image),
         restored=adapter.restores,
     )
     print(found)
