@@ -36,6 +36,7 @@ from token_merge_plugin.trial.speed import median_interval, speed_ups
 from token_merge_plugin.trial.table import format_speed_up
 
 FOLDER = Path(__file__).parent
+sys.path.insert(0, str(FOLDER.parent / "tests"))  # for the small models of the tests
 PARTS = ("runtimes", "families", "quantisation", "tokens")
 KEEP_RATE = 0.7
 IMAGES = 200
@@ -86,7 +87,6 @@ def of_runtimes(name: str, rounds: int) -> Iterator[tuple[str, Callable[[], list
 
 
 def one_of_each_family() -> list[str]:
-    sys.path.insert(0, str(FOLDER.parent / "tests"))
     from families import FAMILIES
 
     return [next(iter(table)) for table in FAMILIES.values()]

@@ -10,6 +10,7 @@ from families import DEPTH, FAMILIES, IMAGE_SIZE, SMALL_VITS, images, make
 from torch import nn
 
 from token_merge_plugin import MergeConfig, apply
+from token_merge_plugin.patching import plans_of
 from token_merge_plugin.trial.counting import count_macs
 
 every_kind = pytest.mark.parametrize("kind", FAMILIES["vit"])
@@ -189,15 +190,13 @@ def test_every_option_runs(kind, importance, similarity, multi_scale):
         assert torch.isfinite(out).all()
 
 
-def plan_of(kind, *config, **changes):
-    model = make(kind, depth=12, **changes)
-    apply(model, *config[:1], **(config[1] if config[1:] else {}))
-    return next(module._token_merge.plan for module in model.modules() if hasattr(module, "_token_merge"))
+def plan_of(kind, img_size, **options):
+    (plan,) = plans_of(apply(make(kind, depth=12, img_size=img_size), 0.7, **options))
+    return plan
 
 
 def test_many_patches_are_compared_by_mean_keys_in_five_stages():
-    many = {"img_size": 112}  # 28 x 28 patches
-    few, plan = plan_of("ViT", 0.7, img_size=108), plan_of("ViT", 0.7, **many)
+    few, plan = plan_of("ViT", 108), plan_of("ViT", 112)  # 27 x 27 and 28 x 28 patches
     assert (few.similarity, list(few.schedule)) == ("tokens", [3, 6, 9])
     assert (plan.similarity, list(plan.schedule)) == ("mean_keys", [1, 3, 5, 7, 9])
     assert plan.config == MergeConfig(0.7)
@@ -207,7 +206,7 @@ def test_many_patches_are_compared_by_mean_keys_in_five_stages():
         ({"schedule": "equal_rates"}, ("mean_keys", [3, 6, 9])),
         ({"multi_scale": "learned"}, ("mean_keys", [3, 6, 9])),
     ):
-        plan = plan_of("ViT", 0.7, options, **many)
+        plan = plan_of("ViT", 112, **options)
         assert (plan.similarity, list(plan.schedule)) == expected
 
 
@@ -215,12 +214,12 @@ def test_many_patches_are_compared_by_mean_keys_in_five_stages():
     ("kind", "size"), [("ViT, any image size", 112), ("DINOv3", 448), ("BEiT", 448), ("relative position, MLP", 448)]
 )
 def test_positions_in_keys_and_biases_and_unknown_grids_leave_tokens_to_be_compared(kind, size):
-    plan = plan_of(kind, 0.7, img_size=size)
+    plan = plan_of(kind, size)
     assert (plan.similarity, list(plan.schedule)) == ("tokens", [3, 6, 9])
 
 
 def test_a_plan_of_a_former_version_compares_what_its_config_says():
-    plan = plan_of("ViT", 0.7)
+    plan = plan_of("ViT", IMAGE_SIZE)
     object.__setattr__(plan.config, "similarity", "keys")
     del plan.__dict__["similarity"]
     assert pickle.loads(pickle.dumps(plan)).similarity == "keys"

@@ -125,6 +125,31 @@ def test_a_file_that_is_wrong_at_another_size_is_refused(tmp_path, monkeypatch):
     export(model, tmp_path / "model.pt2", "torch", images=x, rounds=0)
 
 
+@pytest.mark.skipif(not hasattr(torch.export.Dim, "AUTO"), reason="needs torch 2.6")
+@pytest.mark.parametrize("output", [0, 1])
+def test_a_number_that_is_none_at_another_size_is_refused_in_whichever_output(output, tmp_path, monkeypatch):
+    x = images("ViT, any image size")
+
+    class NoNumberElsewhere(Kept):
+        def load(self, path):
+            run = super().load(path)
+
+            def spoilt(y):
+                outputs = run(y)
+                if y.shape[2:] != x.shape[2:]:
+                    outputs[output] = outputs[output] * float("nan")
+                return outputs
+
+            return spoilt
+
+    monkeypatch.setitem(RUNTIMES, "torch", NoNumberElsewhere())
+    model = Two()
+    model.encoder = make("ViT, any image size", depth=2)
+    with pytest.raises(ExportError, match=r"at \d+ x \d+ pixels outputs differ by nan"):
+        export(model, tmp_path / "model.pt2", "torch", images=x, dynamic_size=True, rounds=0)
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.fixture
 def kept(monkeypatch):
     monkeypatch.setitem(RUNTIMES, "torch", Kept())

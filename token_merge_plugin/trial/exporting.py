@@ -68,13 +68,8 @@ class Export:
         contents, total = self.contents, sum(self.contents.operators.values())
         setting = "unpatched" if self.config is None else f"{self.config.method}, keep rate {self.config.keep_rate}"
         operators = ", ".join(f"{name} {number}" for name, number in contents.operators.items())
-        batches = ", ".join(
-            f"{of} {value:.1e}"
-            for of, value in (
-                *((f"batch {size}", value) for size, value in self.differences.items()),
-                *((f"{height} x {width} pixels", value) for (height, width), value in self.resized.items()),
-            )
-        )
+        places = _by_place(self.differences, self.resized)
+        batches = ", ".join(f"{place} {value:.1e}" for place, value in places.items())
         agreement = "" if self.agreement is None else f"; top-1 agrees on {self.agreement:.2%}"
         lines = [
             f"{self.model}, {setting}, for {self.runtime}",
@@ -134,6 +129,8 @@ def export(
     """
     runtime, path = find_runtime(to), Path(file)
     check_place(path, runtime, replace)
+    if dynamic_size and not hasattr(Dim, "AUTO"):
+        raise ConfigError(f"A dynamic image size needs torch 2.6 or newer, and this is {torch.__version__}.")
     patched = _patched(load_model(model) if isinstance(model, str) else model, keep_rate, runtime)
     unpatched = remove(copy.deepcopy(patched))
     x = _some_images(patched, images)
@@ -149,10 +146,9 @@ def export(
         contents, run = _exported(patched, unpatched, x, (made, other), runtime, dynamic)
         differences, agreement = _compared(run, patched, x, sizes)
         resized = {
-            (image.shape[2], image.shape[3]): max(map(_difference, run(image), tensors_of(patched(image))))
-            for image in others
+            (image.shape[2], image.shape[3]): _difference(run(image), tensors_of(patched(image))) for image in others
         }
-        _check(differences, resized, tolerance, patched, runtime)
+        _check(_by_place(differences, resized), tolerance, patched, runtime)
         speeds = {}
         if rounds:
             with suppress(ExportError):  # some models export with the patch alone
@@ -271,37 +267,43 @@ def _compared(
 
     Every image is in a batch of the largest size; the first ones are in one of each other size as well.
     """
-    differences = dict.fromkeys(sizes, 0.0)
+    differences = {}
     agreeing: list[Tensor] = []
     for size in sizes:
-        last = size == sizes[-1]
+        last, found = size == sizes[-1], []
         for batch in images.split(size) if last else [images[:size]]:
             outputs, expected = run(batch), tensors_of(model(batch))
-            for output, right in zip(outputs, expected, strict=True):
-                difference = _difference(output, right)
-                # `max` would lose a difference that is no number.
-                differences[size] = difference if not difference <= differences[size] else differences[size]
+            found.append(_difference(outputs, expected))
             if last and len(expected) == 1 and expected[0].ndim == 2 and getattr(model, "num_classes", 0) > 1:
                 agreeing.append(outputs[0].argmax(1) == expected[0].argmax(1))
+        differences[size] = max(found, key=_badness)
     return differences, torch.cat(agreeing).float().mean().item() if agreeing else None
 
 
-def _difference(output: Tensor, expected: Tensor) -> float:
+def _difference(outputs: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
+    """Return the largest difference of an output, as a share of its largest number."""
+    return max((_of_output(*pair) for pair in zip(outputs, expected, strict=True)), key=_badness)
+
+
+def _of_output(output: Tensor, expected: Tensor) -> float:
     if output.shape != expected.shape:
         return float("inf")
     return ((output - expected).abs().max() / expected.abs().max().clamp(min=1e-12)).item()
 
 
-def _check(
-    differences: dict[int, float],
-    resized: dict[tuple[int, int], float],
-    tolerance: float,
-    model: nn.Module,
-    runtime: Runtime,
-) -> None:
-    found = [(value, f"batch {size}") for size, value in differences.items()]
-    found += [(value, f"{height} x {width} pixels") for (height, width), value in resized.items()]
-    largest, where = max(found, key=lambda item: (item[0] != item[0], item[0]))
+def _badness(difference: float) -> tuple[bool, float]:
+    """Order differences: one that is no number, which `max` alone would lose, is the worst."""
+    return difference != difference, difference
+
+
+def _by_place(differences: dict[int, float], resized: dict[tuple[int, int], float]) -> dict[str, float]:
+    """Return the differences by what people call the place."""
+    places = {f"batch {size}": value for size, value in differences.items()}
+    return places | {f"{height} x {width} pixels": value for (height, width), value in resized.items()}
+
+
+def _check(differences: dict[str, float], tolerance: float, model: nn.Module, runtime: Runtime) -> None:
+    where, largest = max(differences.items(), key=lambda item: _badness(item[1]))
     if not largest <= tolerance:
         raise ExportError(
             f"{runtime.name} does not give what this {type(model).__name__} gives: at {where} outputs differ by "
@@ -310,17 +312,15 @@ def _check(
 
 
 def _check_takes(model: nn.Module, image: Tensor) -> None:
-    """Refuse a dynamic size where the unpatched model takes images of one size, or torch has no such thing."""
-    if not hasattr(Dim, "AUTO"):
-        raise ConfigError(f"A dynamic image size needs torch 2.6 or newer, and this is {torch.__version__}.")
+    """Refuse a dynamic size where the unpatched model takes images of one size."""
     height, width = image.shape[2:]
     try:
-        model(image)
-    except Exception as error:  # every model has its own
+        check_images(model, image)
+    except DataError as error:
+        cause = first_line(error.__cause__).rstrip(".")  # type: ignore[arg-type]
         raise ConfigError(
             f"{type(model).__name__}, unpatched, does not take images of other sizes, such as {height} x {width}: "
-            f"{first_line(error).rstrip('.')}. Create it with dynamic_img_size=True if it is a ViT, or leave the size "
-            "fixed."
+            f"{cause}. Create it with dynamic_img_size=True if it is a ViT, or leave the size fixed."
         ) from error
 
 

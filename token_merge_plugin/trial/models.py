@@ -51,7 +51,7 @@ def load_model(
         DataError: the weights cannot be had, or the checkpoint is missing, damaged or does not fit.
     """
     options: dict[str, Any] = {"num_classes": num_classes, "img_size": img_size, "in_chans": in_chans}
-    options["dynamic_img_size"] = True if dynamic_size else None
+    options["dynamic_img_size"] = dynamic_size or None
     pretrained = pretrained and checkpoint is None
     if checkpoint is not None and not Path(checkpoint).is_file():
         raise DataError(f"There is no checkpoint {checkpoint}. Give a file of weights, as timm's train.py writes it.")

@@ -82,7 +82,7 @@ class Runtime:
         """Return the files that may be written for a path, itself last: it is complete when it is there."""
         return [path]
 
-    def program(self, model: nn.Module, images: Tensor, dynamic: "Dynamic") -> ExportedProgram:
+    def program(self, model: nn.Module, images: Tensor, dynamic: Dynamic) -> ExportedProgram:
         """Return the program of a model that takes a batch of one image, or of any number, of one size or of others."""
         shapes: dict[int, Any] = {}
         if dynamic.batch:
