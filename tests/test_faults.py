@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
 from token_merge_plugin import PatchStateError, apply, full_grid, remove, restore
 from token_merge_plugin.adapters import find_adapter
+from token_merge_plugin.adapters.base import Patched
 
 FIRST = [next(iter(table)) for table in FAMILIES.values()]
 
@@ -302,6 +303,72 @@ def test_a_model_that_is_changed_after_apply_says_so_when_it_is_called(kind, cha
         pytest.skip("its blocks are their own attention layers: see fresh_block")
     change(model, small(kind))
     with pytest.raises(PatchStateError, match=r"was changed since apply.* Apply again"):
+        model(x)
+
+
+@every_family
+@torch.no_grad()
+def test_a_forward_replaced_on_the_class_after_apply_is_noticed(kind, monkeypatch):
+    model, x = apply(small(kind), 0.6), images(kind)
+    expected = model(x)
+    block = next(block for block in blocks_of(model) if isinstance(block, Patched))
+    for module in [block, *attention_of(model, block)]:
+        _, original = module._token_merge_parts
+        with monkeypatch.context() as patch:
+            forward = original.forward
+            patch.setattr(original, "forward", lambda self, *args, **options: forward(self, *args, **options))  # noqa: B023
+            with pytest.raises(PatchStateError, match=r"was replaced on the class\. Put the original back"):
+                model(x)
+    torch.testing.assert_close(model(x), expected)
+
+
+def wrapped(forward):
+    """Return a forward that calls the one that it replaces, as accelerate's hooks do."""
+    return lambda *args, **options: forward(*args, **options)
+
+
+@every_family
+@torch.no_grad()
+def test_attention_that_is_passed_over_on_an_instance_is_noticed(kind):
+    """The forward of a layer is replaced after `apply`, to keep the attention maps."""
+    model, x = apply(small(kind), 0.6), images(kind)
+    expected = model(x)
+    layers = [
+        layer
+        for block in blocks_of(model)
+        for layer in attention_of(model, block)
+        if isinstance(layer, Patched) and layer._token_merge.block in layer._token_merge.plan.schedule
+    ]
+    for layer in layers:
+        layer.forward = wrapped(layer.forward)
+    torch.testing.assert_close(model(x), expected)
+    if not layers or kind == "ViT, parallel pairs":
+        return  # its blocks are their own, or have another one beside it
+    _, original = layers[-1]._token_merge_parts
+    layers[-1].forward = partial(original.forward, layers[-1])
+    # One with positions, or that takes a grid, cannot take the tokens that it is given.
+    by_itself = "must match|shape .* is invalid|not enough values to unpack|unexpected keyword argument"
+    with pytest.raises(Exception, match=rf"The attention of block \d+ was passed over|{by_itself}"):
+        model(x)
+
+
+@every_family
+@torch.no_grad()
+def test_a_stage_that_is_passed_over_on_an_instance_is_noticed(kind):
+    model, x = apply(small(kind), 0.6), images(kind)
+    expected = model(x)
+    blocks = [block for block in blocks_of(model) if isinstance(block, Patched)]
+    for block in blocks:
+        block.forward = wrapped(block.forward)
+    torch.testing.assert_close(model(x), expected)
+    if find_adapter(served(model)[0]).on_entry:
+        return  # each of its blocks restores the grid, whichever forward it has
+    stage = next(block for block in blocks if block._token_merge.block in block._token_merge.plan.schedule)
+    _, original = stage._token_merge_parts
+    stage.forward = partial(original.forward, stage)
+    with pytest.raises(
+        PatchStateError, match=r"Block \d+, which reduces tokens, was passed over|The last block did not run"
+    ):
         model(x)
 
 

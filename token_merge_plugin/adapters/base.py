@@ -82,6 +82,19 @@ class Patched(nn.Module):
             return said
         return f"{said}\n{mine}" if said else mine
 
+    def check_attended(self, state: Pass) -> None:
+        """Refuse what comes of tokens that were attended to as if each were one patch.
+
+        Raises:
+            PatchStateError: the block's attention did not run as it was patched.
+        """
+        if not state.attended:
+            raise PatchStateError(
+                f"The attention of block {self._token_merge.block} was passed over. If its forward was replaced since "
+                "apply, put it back, or call the one that was there from the new one. Hooks on its attn_drop see the "
+                "attention."
+            )
+
     def __prepare_scriptable__(self) -> nn.Module:
         raise PatchStateError(
             f"A {type(self).__name__} with token merging cannot be scripted. Use torch.jit.trace, torch.export or "
@@ -101,6 +114,8 @@ def patched_class(mixin: type[Patched], original: type[nn.Module]) -> type[nn.Mo
 
 
 def _make_class(mixin: type[Patched], original: type[nn.Module]) -> type[nn.Module]:
+    for name in mixin.replaces:
+        _methods.setdefault((original, name), _method(original, name))
     body: dict[str, Any] = {"_token_merge_parts": (mixin, original), "__doc__": original.__doc__}
     body |= {"__module__": original.__module__, "__qualname__": original.__qualname__}
     if issubclass(mixin, PatchedModel):
@@ -205,17 +220,25 @@ def check_plan(model: Any) -> None:
     plan = model._token_merge.plan
     adapter: Any = find_adapter(model)
 
-    def refuse(change: str) -> None:
-        raise PatchStateError(f"This {type(model).__name__} was changed since apply: {change}. Apply again.")
+    def refuse(change: str, cure: str = "Apply again") -> None:
+        raise PatchStateError(f"This {type(model).__name__} was changed since apply: {change}. {cure}.")
 
+    found = set()
     for index, block in enumerate(map(unwrapped, adapter.blocks(model))):
         if adapter.on_entry and index not in plan.schedule:
             continue  # it is not patched
         if getattr(block, "_token_merge", None) != (plan, index):
             refuse(f"block {index} is another one")
+        found.add(type(block))
         for layer in adapter.layers(block):
             if getattr(layer, "_token_merge", None) != (plan, index):
                 refuse(f"the attention of block {index} is another one")
+            found.add(type(layer))
+    for mixin, original in (cls._token_merge_parts for cls in found):
+        for name in mixin.replaces:
+            if _methods[original, name] != _method(original, name):
+                change = f"{original.__module__}.{original.__name__}.{name} was replaced on the class"
+                refuse(change, "Put the original back: merging would pass over what is there now")
     grid_size, prefix = adapter.grid_size(model), adapter.num_prefix_tokens(model)
     if grid_size is not None and tuple(grid_size) != tuple(plan.grid_size or ()):
         refuse(f"the patch grid is {tuple(grid_size)}, and was {plan.grid_size}")
@@ -374,6 +397,8 @@ class PatchedBlock(Patched):
             keep_grid = self._resume(x)
         elif block == span.start:
             self._check_tokens(plan.begin(x.shape[1], prefix))
+        else:
+            self._check_order()
         state = plan.current()
         if state is None:  # called on its own, outside a pass
             return super().forward(x, *args, **kwargs)
@@ -435,6 +460,23 @@ class PatchedBlock(Patched):
             )
         return False
 
+    def _check_order(self) -> None:
+        """Refuse to go on behind a stage that did not run.
+
+        Raises:
+            PatchStateError: it was passed over.
+        """
+        plan, block = self._token_merge
+        state, span = plan.current(), plan.spans[block]
+        if torch.compiler.is_compiling() or (state is None and plan.edge() is None):
+            return  # it is called on its own
+        for stage in range(span.start if state is None else state.block + 1, block):
+            if stage in plan.schedule:
+                raise PatchStateError(
+                    f"Block {stage}, which reduces tokens, was passed over. If its forward was replaced since apply, "
+                    "put it back, or call the one that was there from the new one."
+                )
+
     def _check_tokens(self, state: Pass) -> None:
         """Refuse a sequence that is not the patch grid behind the prefix tokens.
 
@@ -469,11 +511,18 @@ class PatchedBlock(Patched):
         fusion = self._modules.get("token_merge_fusion")
         if isinstance(fusion, MultiScaleFusion):
             x = fuse_scales(state, x, fusion)
-        if self._is_unread(state):
-            return self.stage_forward(x, lambda x: x[:, : state.num_prefix_tokens], *args, **kwargs)
-        if block in plan.schedule:
-            return self.stage_forward(x, lambda x: reduce_tokens(plan, state, x, block), *args, **kwargs)
-        return self.later_forward(x, *args, **kwargs)
+        unread = self._is_unread(state)
+        state.attended = False
+
+        def reduce(x: Tensor) -> Tensor:
+            self.check_attended(state)
+            return x[:, : state.num_prefix_tokens] if unread else reduce_tokens(plan, state, x, block)
+
+        if unread or block in plan.schedule:
+            return self.stage_forward(x, reduce, *args, **kwargs)
+        x = self.later_forward(x, *args, **kwargs)
+        self.check_attended(state)
+        return x
 
     def _recompute(
         self, x: Tensor, before: tuple, *args: Any, **kwargs: Any
@@ -505,6 +554,7 @@ class PatchedGridBlock(Patched):
         grid_size: tuple[int, int],
         update: Callable[[Tensor], Tensor],
         apart: Tensor | None = None,
+        attends: bool = True,
     ) -> Tensor:
         """Return tokens + update(tokens), with the update computed for fewer tokens.
 
@@ -513,14 +563,19 @@ class PatchedGridBlock(Patched):
             grid_size: (height, width) of a window.
             update: [W, K, C] -> [W, K, C].
             apart: as in `reduction.merge_within`.
+            attends: the block's attention is in the update.
         """
         plan, block = self._token_merge
         merged_tokens, merged = merge_within(tokens, grid_size, plan.schedule[block], apart)
-        outer = plan.install(Pass(tokens.shape[1], 0, grid_size, merged))
+        state = Pass(tokens.shape[1], 0, grid_size, merged)
+        outer = plan.install(state)
         try:
-            return tokens + restore(update(merged_tokens), merged.token_map)
+            updated = update(merged_tokens)
         finally:
             plan.install(outer)
+        if attends:
+            self.check_attended(state)
+        return tokens + restore(updated, merged.token_map)
 
     def update_windows(
         self,
@@ -529,19 +584,20 @@ class PatchedGridBlock(Patched):
         update: Callable[[Tensor], Tensor],
         real: Tensor | None = None,
         apart: Tensor | None = None,
+        attends: bool = True,
     ) -> Tensor:
         """Return x [B, H, W, C] with the updates of its windows, computed for fewer tokens.
 
         Args:
             x: grids that the windows fill; see `pad_to_windows`.
             window_size: (height, width) of a window.
-            update, apart: as in `update_fewer`.
+            update, apart, attends: as in `update_fewer`.
             real: as from `pad_to_windows`; padding and other tokens are not merged.
         """
         if real is not None:
             mixed = real != real.transpose(1, 2)
             apart = mixed if apart is None else apart | mixed
-        tokens = self.update_fewer(windows(x, *window_size), window_size, update, apart)
+        tokens = self.update_fewer(windows(x, *window_size), window_size, update, apart, attends)
         return join_windows(tokens, *window_size, (x.shape[1], x.shape[2]))
 
     def zero_padding(self: Any, x: Tensor, real: Tensor | None) -> Tensor:
@@ -573,6 +629,8 @@ class PatchedAttention(Patched):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         plan, block = self._token_merge
         state = plan.current()
+        if state is not None:
+            state.attended = True
         if "is_causal" in kwargs:  # a tensor where a call is traced
             kwargs["is_causal"] = bool(kwargs["is_causal"])
         if block not in plan.spans or state is None or (state.merged is None and block not in plan.schedule):
@@ -622,6 +680,7 @@ def attend(
     """
     plan, block = module._token_merge
     state = plan.current()
+    state.attended = True
     scale = module.scale if scale is None else scale
     bias, counts_sizes = plan.bias(state, attn_mask, is_causal, query)
     if block in plan.schedule:

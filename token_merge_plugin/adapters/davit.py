@@ -69,7 +69,7 @@ class MergingChannelBlock(PatchedGridBlock):
         if self.mlp is None:
             return x
         x = x.permute(0, 2, 3, 1)
-        x = self.update_windows(x, x.shape[1:3], lambda x: self.drop_path2(self.mlp(self.norm2(x))))
+        x = self.update_windows(x, x.shape[1:3], lambda x: self.drop_path2(self.mlp(self.norm2(x))), attends=False)
         return x.permute(0, 3, 1, 2)
 
     def attention(self: Any, x: Tensor) -> Tensor:

@@ -97,7 +97,7 @@ class MergingSamBlock(PatchedGridBlock):
             number = count_windows(x, *window_size)
             return self.update_windows(x, window_size, lambda tokens: self.update(tokens, number))
         x = self.update_windows(x, window_size, lambda tokens: self.attend(tokens, real), real)[:, :height, :width]
-        return self.update_windows(x, grid_size, lambda tokens: self.feed(tokens, 1))
+        return self.update_windows(x, grid_size, lambda tokens: self.feed(tokens, 1), attends=False)
 
     def update(self: Any, x: Tensor, number: int) -> Tensor:
         """Return what attention and MLP add to the tokens of all windows, [W, K, C], of which each image has number."""

@@ -64,7 +64,9 @@ class MergingLocalBlock(PatchedGridBlock):
             # Padded windows have fewer tokens to merge than places: attention is left as it is, the MLP needs no
             # windows.
             x = x + self.drop_path1(self.attn(self.norm1(x), size))
-            return self.update_fewer(x, size, lambda tokens: self.drop_path2(self.mlp(self.norm2(tokens))))
+            return self.update_fewer(
+                x, size, lambda tokens: self.drop_path2(self.mlp(self.norm2(tokens))), attends=False
+            )
         x = x.unflatten(1, size)
         return self.update_windows(x, (side, side), lambda tokens: self.update(tokens, size)).flatten(1, 2)
 

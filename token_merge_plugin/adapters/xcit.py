@@ -48,7 +48,9 @@ class MergingXCABlock(PatchedGridBlock):
     def forward(self: Any, x: Tensor, H: int, W: int) -> Tensor:
         x = self.update_fewer(x, (H, W), lambda x: self.drop_path1(self.gamma1 * self.attn(self.norm1(x))))
         x = x + self.drop_path3(self.gamma3 * self.local_mp(self.norm3(x), H, W))
-        return self.update_fewer(x, (H, W), lambda x: self.drop_path2(self.gamma2 * self.mlp(self.norm2(x))))
+        return self.update_fewer(
+            x, (H, W), lambda x: self.drop_path2(self.gamma2 * self.mlp(self.norm2(x))), attends=False
+        )
 
 
 @register_adapter(xcit.Xcit)

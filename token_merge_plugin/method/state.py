@@ -60,6 +60,7 @@ class Pass:
         offset: [B, N, C], what each patch has beyond the token that holds it, or None.
         reads_grid: somebody reads the grid behind the last block, so a merge notes what it takes from the patches.
         block: the block that ran last.
+        attended: the patched attention of the block that runs now was called.
         evidence: what the attention layers of a stage saw.
     """
 
@@ -80,6 +81,7 @@ class Pass:
         self.offset = offset
         self.reads_grid = reads_grid
         self.block = -1
+        self.attended = False
         self.evidence: list[Evidence] = []
 
     @property
