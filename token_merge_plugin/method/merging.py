@@ -68,15 +68,15 @@ def merge_cost(descriptors: Tensor, weight: Tensor) -> Tensor:
         centred = centred - centred.mean(dim=1, keepdim=True)  # smaller numbers lose less in their differences
         square = torch.linalg.vector_norm(centred, dim=2).square()
         cost = torch.baddbmm(square.unsqueeze(1), centred, centred.transpose(1, 2), alpha=-2)
-    # In place: matrices of all pairs are written as seldom as can be.
+    # In place: matrices of all pairs are made and written as seldom as can be.
     inverse = weight.float().reciprocal()
     cost.add_(square.unsqueeze(2)).clamp_(min=0).div_(inverse.unsqueeze(2) + inverse.unsqueeze(1))
     return without_diagonal(cost)
 
 
 def without_diagonal(cost: Tensor) -> Tensor:
-    """Return the cost [B, T, T] with a prohibitive diagonal: no token merges with itself."""
-    return cost.add(torch.eye(cost.shape[1], dtype=torch.float32, device=cost.device), alpha=PROHIBITIVE)
+    """Make the diagonal of the cost [B, T, T] prohibitive, in place, and return it: no token merges with itself."""
+    return cost.add_(torch.eye(cost.shape[1], dtype=torch.float32, device=cost.device), alpha=PROHIBITIVE)
 
 
 def assign(cost: Tensor, keep_rate: float, real: Tensor | None = None) -> Assignment:
@@ -107,9 +107,11 @@ def assign(cost: Tensor, keep_rate: float, real: Tensor | None = None) -> Assign
         place = _inverse(order)
         if round_ > 0:  # a token that stays is compared with dearer ones that do, any other with all that stay
             place = place.masked_fill(place < goes, -1)
-        # By arithmetic, for matrices of bools take several times as long.
+        # By arithmetic, for matrices of bools take several times as long; and in place, for a large matrix takes longer
+        # to make than to fill.
         dear = place.float() * PROHIBITIVE
-        order = _order(torch.maximum(cost, (dear + PROHIBITIVE / 2).unsqueeze(2) - dear.unsqueeze(1)), tie, real)
+        bar = (dear + PROHIBITIVE / 2).unsqueeze(2) - dear.unsqueeze(1)
+        order = _order(bar.clamp_(min=cost), tie, real)
     if real is not None:
         order = _with_padding(_inverse(order).masked_fill(~real, -1), quota, real).argsort(dim=1)
     rest, stay = order[:, :number], order[:, number:].sort(dim=1).values
