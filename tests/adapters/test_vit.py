@@ -9,7 +9,7 @@ from checks import equal_patches
 from families import DEPTH, FAMILIES, IMAGE_SIZE, SMALL_VITS, images, make
 from torch import nn
 
-from token_merge_plugin import MergeConfig, apply
+from token_merge_plugin import MergeConfig, PatchStateError, apply
 from token_merge_plugin.patching import plans_of
 from token_merge_plugin.trial.counting import count_macs
 
@@ -154,6 +154,18 @@ def test_dynamic_image_sizes_down_to_one_token(size):
     assert torch.isfinite(merged).all()
     if size == (4, 4):  # one token: nothing to merge
         torch.testing.assert_close(merged, expected)
+
+
+def test_convolutions_without_positions_take_other_sizes_than_the_models():
+    """As the largest ViTamins: timm counts `vitamin_xlarge_336` at 256 px."""
+    model = timm.create_model("vitamin_small_224", pos_embed="none", depth=4, num_classes=5).eval()
+    x = torch.randn(2, 3, 64, 96)
+    expected = model(x)
+    torch.testing.assert_close(apply(model, 1 - 1e-9)(x), expected, rtol=1e-3, atol=1e-4)
+    assert apply(model, 0.6)(x).shape == expected.shape
+    model.blocks[0].register_forward_pre_hook(lambda module, args: (torch.cat((args[0][:, :2], *args), dim=1),))
+    with pytest.raises(PatchStateError, match="num_prefix_tokens"):
+        model(torch.randn(2, 3, 224, 224))
 
 
 def test_patch_dropout_in_training_leaves_the_sequence_as_long_as_unpatched():

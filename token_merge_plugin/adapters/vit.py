@@ -5,6 +5,7 @@ from typing import Any, ClassVar
 
 import timm.models.vision_transformer as vit
 import torch
+from timm.layers import HybridEmbed
 from torch import Tensor
 
 from token_merge_plugin.adapters.base import (
@@ -190,6 +191,11 @@ class MergingVisionTransformer(PatchedModel):
         edge = self._token_merge.plan.edge()
         if edge is not None and x.dim() == 4:  # dynamic image size: [B, height, width, C]
             edge.grid_size = (x.shape[1], x.shape[2])
+        elif edge is not None and self.pos_embed is None and isinstance(self.patch_embed, HybridEmbed):
+            # ViTamin, which takes images of any size without being asked to.
+            height, width = self.patch_embed.grid_size
+            if x.shape[1] != height * width:
+                edge.grid_size = None
         return super()._pos_embed(x)  # type: ignore[misc]
 
 

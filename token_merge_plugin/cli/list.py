@@ -16,6 +16,7 @@ from token_merge_plugin.config import METHODS, MergeConfig
 from token_merge_plugin.errors import ConfigError
 from token_merge_plugin.patching import apply, models_by_adapter
 from token_merge_plugin.trial.counting import count_macs
+from token_merge_plugin.trial.models import input_size
 
 # Where the typical model of a family has no class token: one that has, and takes the methods that need it.
 WITH_CLASS_TOKEN = {
@@ -131,7 +132,7 @@ def on_meta(name: str) -> tuple[nn.Module, Tensor]:
     """Build a model of timm, and an image of its own size, without any numbers in them: enough to count with."""
     with torch.device("meta"):
         model: Any = timm.create_model(name).eval()
-        return model, torch.zeros(1, *model.pretrained_cfg["input_size"])
+        return model, torch.zeros(1, *input_size(model))
 
 
 def format_families(rows: Sequence[FamilyRow], keep_rate: float = 0.7) -> str:

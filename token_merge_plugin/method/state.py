@@ -152,14 +152,14 @@ class Edge:
     Attributes:
         keep_grid: every block gives the full grid back.
         reads_grid: somebody reads the grid that is restored at the end, and not the class token alone.
-        grid_size: (height, width) of the patch grid, if the method told.
+        grid_size: (height, width) of the patch grid, or None where it is not known: the plan's, until the method tells.
         with_gradients: gradients are recorded.
     """
 
-    def __init__(self, keep_grid: bool, reads_grid: bool):
+    def __init__(self, keep_grid: bool, reads_grid: bool, grid_size: tuple[int, int] | None):
         self.keep_grid = keep_grid
         self.reads_grid = reads_grid
-        self.grid_size: tuple[int, int] | None = None
+        self.grid_size = grid_size
         self.with_gradients = torch.is_grad_enabled()
 
 
@@ -247,7 +247,7 @@ class Plan:
         outer, under_way = _local.edges.get(self.key), self.install(None)
         if outer is not None and under_way is None:
             keep_grid, reads_grid = keep_grid or outer.keep_grid, outer.reads_grid
-        _local.edges[self.key] = Edge(keep_grid, keep_grid or reads_grid)
+        _local.edges[self.key] = Edge(keep_grid, keep_grid or reads_grid, self.grid_size)
         return outer, under_way
 
     def close_edge(self, before: tuple[Edge | None, Pass | None]) -> None:
@@ -287,7 +287,7 @@ class Plan:
     def begin(self, num_tokens: int, num_prefix_tokens: int) -> Pass:
         """Make a new pass the current one."""
         edge = self.edge()
-        grid_size = edge.grid_size if edge is not None and edge.grid_size is not None else self.grid_size
+        grid_size = self.grid_size if edge is None else edge.grid_size
         # Sections read the grid in between.
         read = edge is None or edge.reads_grid or len(self.sections) > 1 or self.keeps_grid()
         read = read or _local.trace is not None
