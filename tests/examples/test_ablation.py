@@ -1,6 +1,7 @@
 """The ablation of examples/ablation.py: its variants against the package, and its tables."""
 
 import json
+import math
 import sys
 
 import ablation
@@ -84,10 +85,18 @@ def test_merging_the_cheapest_pair_again_and_again_is_that_of_a_loop():
 
 def test_a_ratio_has_the_interval_of_the_paired_differences():
     default = torch.tensor([1.0, 2.0, 3.0, 4.0])
-    ratio, half = ablation.against_default(default * 2, default)
+    ratio, half = ablation.Ablation.against_default(default * 2, default)
     assert ratio == 2
     assert half == pytest.approx(1.959964 * default.std().item() / 2 / 2.5)
-    assert ablation.against_default(default, default) == (1, 0)
+    assert ablation.Ablation.against_default(default, default) == (1, 0)
+
+
+def test_no_photograph_decides_alone():
+    default = torch.tensor([0.1, 0.1, 0.1, 10.0])
+    ratio, half = ablation.DenseAblation.against_default(default * torch.tensor([2.0, 2.0, 2.0, 0.5]), default)
+    assert ratio == pytest.approx(2**0.5)
+    assert half == pytest.approx(ratio * 1.959964 * math.log(2) / 2)
+    assert ablation.DenseAblation.against_default(default, default) == (1, 0)
 
 
 def test_the_tables_hold_what_was_measured(tmp_path):
