@@ -66,12 +66,14 @@ from token_merge_plugin.patching import stage_choices
 from token_merge_plugin.trial.accuracy import paired_interval
 from token_merge_plugin.trial.budgets import Budget, scheduled
 from token_merge_plugin.trial.counting import count_macs, equal_compute
+from token_merge_plugin.trial.distances import paired_difference
 from token_merge_plugin.trial.measuring import keep_freed_memory, plan
 from token_merge_plugin.trial.schedules import Shape, numbers
 
 TensorOf = Callable[[Stage], Tensor]
 Images = Callable[[], Tensor]
 CALIBRATION_IMAGES = 300
+SURE = 1.959964  # standard errors that make a 95 % confidence interval
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What could be done instead: each function takes a stage
@@ -365,9 +367,8 @@ class Ablation:
     @staticmethod
     def against_default(distance: Tensor, default: Tensor) -> tuple[float, float]:
         """Return the mean distance as a multiple of the default's, and half the 95 % interval of paired differences."""
-        difference = distance - default
-        half = 1.959964 * difference.std().item() / math.sqrt(len(difference))
-        return distance.mean().item() / default.mean().item(), half / default.mean().item()
+        _, error = paired_difference(distance, default)
+        return distance.mean().item() / default.mean().item(), SURE * error / default.mean().item()
 
     def ablate(self, rows: Sequence[Row], shares: Sequence[float]) -> list[dict[str, Any]]:
         """Measure every row at every share. The first row is the default."""
@@ -438,11 +439,11 @@ class DenseAblation(Ablation):
     def against_default(distance: Tensor, default: Tensor) -> tuple[float, float]:
         """Return the geometric mean of the distances as multiples of the default's, and half its 95 % interval.
 
-        Image by image: some photographs, as of grass, move ten times as far as others, and would decide alone.
+        Photograph by photograph: some, such as one of grass, move several times as far as others, and would decide
+        alone.
         """
-        log = (distance / default).log()
-        ratio = log.mean().exp().item()
-        return ratio, ratio * 1.959964 * log.std().item() / math.sqrt(len(log))
+        log, error = paired_difference(distance.log(), default.log())
+        return math.exp(log), math.exp(log) * SURE * error
 
 
 def relative_error(mine: Tensor, expected: Tensor) -> Tensor:
