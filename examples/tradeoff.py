@@ -28,7 +28,7 @@ from token_merge_plugin.trial.report import require_charts
 CONTENDERS = {
     "default": MergeConfig(),
     "merge, equal rates in three stages": MergeConfig(schedule="equal_rates"),
-    "merge, equal numbers in five stages": MergeConfig(schedule="equal_numbers"),
+    "merge, equal numbers in five stages": MergeConfig(schedule="equal_numbers", stages=(1, 3, 5, 7, 9)),
     "ToMe": MergeConfig(method="tome"),
 }
 

@@ -45,11 +45,11 @@ def schedule(depth, options):
         amounts = {block: max(0.5, share) for block, share in enumerate(rates)}
     elif options["schedule"] == "equal_numbers" or (
         (options["schedule"], stages, method) == (None, None, "merge")
-        and rate < 2 / 3
+        and rate < 0.8
         and options["multi_scale"] != "learned"
     ):
         if stages is None:
-            stages = {depth * twelfth // 12 for twelfth in (1, 3, 5, 7, 9)} - {depth - 1} or {0}
+            stages = {depth * twelfth // 12 for twelfth in (1, 3, 5, 7)} - {depth - 1} or {0}
         rates = of_equal_work(dict.fromkeys(quarters, rate), [block in stages for block in range(depth)], 0.8)
         amounts = dict(enumerate(rates))
     else:

@@ -30,9 +30,10 @@ def test_default_stages_are_at_a_quarter_a_half_and_three_quarters_of_the_depth(
 
 
 def test_stages_of_equal_numbers_are_spread_over_the_depth_and_leave_out_the_last_block():
-    assert numbered_stages(12) == (1, 3, 5, 7, 9)
-    assert numbered_stages(24) == (2, 6, 10, 14, 18)
+    assert numbered_stages(12) == (1, 3, 5, 7)
+    assert numbered_stages(24) == (2, 6, 10, 14)
     assert numbered_stages(4) == (0, 1, 2)
+    assert numbered_stages(2) == (0,)
     assert numbered_stages(1) == (0,)
 
 
@@ -56,8 +57,15 @@ def test_a_keep_rate_of_many_digits_keeps_the_exact_ceiling(tokens, rate):
 
 def test_a_float_keep_rate_counts_for_every_stage_of_equal_rates():
     assert MergeConfig(0.7, schedule="equal_rates").amounts(12) == {3: 0.7, 6: 0.7, 9: 0.7}
-    assert MergeConfig(0.5).amounts(12, numbers_below=0.0) == {3: 0.5, 6: 0.5, 9: 0.5}
+    assert MergeConfig(0.5).amounts(12, by_numbers=False) == {3: 0.5, 6: 0.5, 9: 0.5}
     assert MergeConfig(0.5, stages=(1, 2)).amounts(12) == {1: 0.5, 2: 0.5}
+
+
+def test_a_keep_rate_means_equal_numbers_where_a_stage_would_merge_more_than_a_fifth():
+    assert MergeConfig(0.8).amounts(12) == {3: 0.8, 6: 0.8, 9: 0.8}
+    assert MergeConfig(0.79).amounts(12) == MergeConfig(0.79, schedule="equal_numbers").amounts(12)
+    assert tuple(MergeConfig(0.79).amounts(12)) == numbered_stages(12)
+    assert MergeConfig(0.5, multi_scale="learned").amounts(12) == {3: 0.5, 6: 0.5, 9: 0.5}
 
 
 def work_left(schedule, depth):

@@ -29,13 +29,12 @@ EVERY_BLOCK = ("tome", "late_tome")
 BY_CLASS_ATTENTION = ("evit", "ppt", "prune")
 DROPPING = ("ppt", "prune", "random")
 PROPORTIONAL = ("merge", "tome", "late_tome", "ppt")
-# Equal numbers: no stage merges a larger share of its tokens than this, unless all do.
+# Equal numbers: no stage merges a larger share of its tokens than this, unless all do. Where not even three stages of
+# equal rates do, these lose as little, and take less time for choosing: on a pretrained ViT-S, and less on the built-in
+# model (examples/results/tradeoff.md).
 LARGEST_CUT = 0.2
-# From this keep rate on, three stages of it lose as little as five smaller ones, and take less time for choosing: on a
-# pretrained ViT-S (examples/results/tradeoff.md).
-EQUAL_RATES_FROM = 2 / 3
-# From so many patches on, 28 x 28, tokens are told apart by the means of their keys, in five stages. On a pretrained
-# ViT-S that errs more at 16 x 16, as much at 24 x 24, and less at 32 x 32 and 40 x 40 (examples/results/resolution.md).
+# From so many patches on, 28 x 28, tokens are told apart by the means of their keys. On a pretrained ViT-S that errs
+# more at 16 x 16, as much at 24 x 24, and less at 32 x 32 and 40 x 40 (examples/results/resolution.md).
 MANY_PATCHES = 784
 
 
@@ -72,11 +71,10 @@ class MergeConfig:
             own.
         schedule: how one float becomes the shares of the stages. "equal_numbers": each stage merges as many tokens,
             but at most a fifth of those that it has, or the same share, a larger one, where that leaves too much work;
-            five stages at odd twelfths of the depth (blocks 1, 3, 5, 7 and 9 of 12) if none are given. "equal_rates":
+            four stages at odd twelfths of the depth (blocks 1, 3, 5 and 7 of 12) if none are given. "equal_rates":
             each stage keeps the share `keep_rate`; three stages at 1/4, 1/2 and 3/4 of the depth, or those that a
-            family does best with, if none are given. None: equal rates where no stage merges more than a third of its
-            tokens and the patches are not many (see similarity), where stages are given, where blocks give back the
-            grid, or with learned fusion; else equal numbers.
+            family does best with, if none are given. None: equal rates from a keep rate of 0.8 on, where stages are
+            given, where blocks give back the grid, or with learned fusion; else equal numbers.
         importance: whose attention says how much an image token matters. "auto": that of the class token, if there is
             one, and that of 16 image tokens, evenly spaced, which stand for all; where tokens are merged before they
             attend, nobody's. "class_attention": that of the class token alone (and of DeiT's distillation token).
@@ -205,7 +203,7 @@ class MergeConfig:
         depth: int,
         default: Sequence[int] | None = None,
         sections: Sequence[range] | None = None,
-        numbers_below: float = EQUAL_RATES_FROM,
+        by_numbers: bool = True,
     ) -> dict[int, Amount]:
         """Return {block index: amount} for a model of `depth` blocks, without the stages that keep everything.
 
@@ -213,14 +211,14 @@ class MergeConfig:
             depth: number of blocks.
             default: the stages of equal rates if none were asked for; None for 1/4, 1/2 and 3/4 of the depth.
             sections: runs of blocks through which tokens may stay fewer; None for one that is all of them.
-            numbers_below: keep rates below this one mean equal numbers if nothing else is asked for; 0 for none.
+            by_numbers: small keep rates mean equal numbers if nothing else is asked for; false for equal rates.
 
         Raises:
             ConfigError: a block index does not exist, or the number of keep rates is not that of the stages.
         """
         default = default_stages(depth) if default is None else default
         sections = [range(depth)] if sections is None else sections
-        amounts = self._all_amounts(default, sections, numbers_below)
+        amounts = self._all_amounts(default, sections, by_numbers)
         for index in amounts:
             if index >= depth:
                 raise ConfigError(f"Block {index} does not exist: the model has {depth} blocks, 0 to {depth - 1}.")
@@ -229,9 +227,7 @@ class MergeConfig:
             index: amount for index, amount in sorted(amounts.items()) if amount != keeps_all[isinstance(amount, int)]
         }
 
-    def _all_amounts(
-        self, default: Sequence[int], sections: Sequence[range], numbers_below: float
-    ) -> Mapping[int, Amount]:
+    def _all_amounts(self, default: Sequence[int], sections: Sequence[range], by_numbers: bool) -> Mapping[int, Amount]:
         stages = self.stages
         if isinstance(self.keep_rate, Mapping):
             return self.keep_rate
@@ -246,8 +242,10 @@ class MergeConfig:
         assert isinstance(self.keep_rate, float)
         every_block = self.method in EVERY_BLOCK and stages is None
         # Learned fusion stays in front of the same stage while keep rates change in training.
-        small = self.keep_rate < numbers_below and self.multi_scale != "learned"
-        numbers = self.schedule == "equal_numbers" or (self.schedule is None and stages is None and small)
+        small = self.keep_rate < 1 - LARGEST_CUT and self.multi_scale != "learned"
+        numbers = self.schedule == "equal_numbers" or (
+            self.schedule is None and by_numbers and stages is None and small
+        )
         if not every_block and (not numbers or self.method != "merge"):
             return dict.fromkeys(default if stages is None else stages, self.keep_rate)
         amounts: dict[int, Amount] = {}
@@ -270,11 +268,13 @@ def default_stages(depth: int) -> tuple[int, ...]:
 
 
 def numbered_stages(depth: int) -> tuple[int, ...]:
-    """Return the stages of equal numbers: the blocks at 1, 3, 5, 7 and 9 twelfths of the depth, 1 to 9 of 12.
+    """Return the stages of equal numbers: the blocks at 1, 3, 5 and 7 twelfths of the depth, and of 12.
 
-    Not the last one, in which only the MLP would be left to gain, unless there is no other.
+    A fifth one, at 9, takes its time for choosing, and at equal multiply-adds the error is no less with it
+    (examples/results/dense.md). Not the last block, in which only the MLP would be left to gain, unless there is no
+    other.
     """
-    return tuple(sorted({depth * twelfth // 12 for twelfth in (1, 3, 5, 7, 9)} - {depth - 1})) or (0,)
+    return tuple(sorted({depth * twelfth // 12 for twelfth in (1, 3, 5, 7)} - {depth - 1})) or (0,)
 
 
 def late_weights(depth: int) -> list[float]:

@@ -21,7 +21,6 @@ from token_merge_plugin.adapters.base import Patched, Place, check_structure, pa
 from token_merge_plugin.adapters.refused import REFUSED
 from token_merge_plugin.config import (
     BY_CLASS_ATTENTION,
-    EQUAL_RATES_FROM,
     MANY_PATCHES,
     KeepRate,
     MergeConfig,
@@ -225,10 +224,10 @@ def stage_choices(model: nn.Module) -> StageChoices:
         raise UnsupportedModelError(f"{type(model).__name__} has {len(served)} vision transformers. Give one of them.")
     part, adapter = served[0]
     sections, stages, depth = adapter.sections(part), adapter.default_stages(part), len(adapter.blocks(part))
-    numbers_below = _numbers_below(adapter, sections, adapter.grid_size(part))
+    by_numbers = _by_numbers(adapter, sections)
 
     def default(keep_rate: float) -> dict[int, float]:
-        return dict(MergeConfig(keep_rate).amounts(depth, stages, sections, numbers_below))
+        return dict(MergeConfig(keep_rate).amounts(depth, stages, sections, by_numbers))
 
     if adapter.on_entry:
         single = [range(block, block + 1) for section in sections for block in section]
@@ -236,11 +235,9 @@ def stage_choices(model: nn.Module) -> StageChoices:
     return StageChoices(sections, default, stages)
 
 
-def _numbers_below(adapter: Adapter, sections: list[range], grid_size: tuple[int, int] | None) -> float:
-    """Return below which keep rate tokens are reduced by equal numbers if nothing else is asked for."""
-    if adapter.on_entry or len(sections) > 1:  # tokens do not stay fewer to the end
-        return 0.0
-    return 1.0 if _by_mean_keys(adapter, grid_size) else EQUAL_RATES_FROM
+def _by_numbers(adapter: Adapter, sections: list[range]) -> bool:
+    """Return whether small keep rates mean equal numbers if nothing else is asked for: tokens stay fewer to the end."""
+    return not adapter.on_entry and len(sections) == 1
 
 
 def _by_mean_keys(adapter: Adapter, grid_size: tuple[int, int] | None) -> bool:
@@ -383,7 +380,7 @@ def _changes(model: Any, adapter: Adapter, config: MergeConfig, learned: list[Mu
             f"multi_scale={config.multi_scale!r} needs to know which tokens are neighbours, and the order in which "
             f"{type(model).__name__} keeps them does not tell. Leave it at 'off'."
         )
-    schedule = config.amounts(len(blocks), default, sections, _numbers_below(adapter, sections, grid_size))
+    schedule = config.amounts(len(blocks), default, sections, _by_numbers(adapter, sections))
     for block in schedule:
         if not any(block in section for section in sections):
             allowed = ", ".join(str(b) for section in sections for b in section)

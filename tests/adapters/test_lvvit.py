@@ -324,7 +324,7 @@ def test_lvvit_s_has_the_published_count():
         model = timm.create_model("lvvit_s").eval()
         x = torch.zeros(1, 3, 224, 224)
     assert round(count_macs(model, x) / 1e9, 1) == 6.6
-    for schedule, stages in (("equal_numbers", [1, 4, 6, 9, 12]), (None, [4, 8, 12])):
+    for schedule, stages in (("equal_rates", [4, 8, 12]), (None, [1, 4, 6, 9])):
         apply(model, 0.7, schedule=schedule)
         assert sorted(model._token_merge.plan.schedule) == stages
         assert count_macs(model, x) / 1e9 <= 4.8
