@@ -48,9 +48,13 @@ def schedule(depth, options):
         and rate < 0.8
         and options["multi_scale"] != "learned"
     ):
-        if stages is None:
-            stages = {depth * twelfth // 12 for twelfth in (1, 3, 5, 7)} - {depth - 1} or {0}
-        rates = of_equal_work(dict.fromkeys(quarters, rate), [block in stages for block in range(depth)], 0.8)
+        own = stages
+        if own is None:
+            own = {depth * twelfth // 12 for twelfth in (1, 3, 5, 7)} - {depth - 1} or {0}
+        weights = [float(block in own) for block in range(depth)]
+        if stages is None and len(own) > 1:
+            weights[min(own)] = 1 / 3
+        rates = of_equal_work(dict.fromkeys(quarters, rate), weights, 0.8)
         amounts = dict(enumerate(rates))
     else:
         amounts = dict.fromkeys(quarters if stages is None else stages, rate)

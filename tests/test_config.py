@@ -92,6 +92,8 @@ def test_equal_numbers_leave_the_work_of_three_stages_of_the_keep_rate(keep_rate
         merged.append(left * (1 - rate))
         left *= rate
     if min(schedule.values()) >= 0.8:  # no more than a fifth of a stage's tokens
+        if not own_stages and next(iter(schedule.values())) > 0.8 + 1e-9:
+            merged[0] *= 3  # the first stage merges a third as many
         free = [number for number, rate in zip(merged, schedule.values(), strict=True) if rate > 0.8 + 1e-9]
         assert free == pytest.approx([max(free)] * len(free)) if free else True
         assert max(merged, default=0) <= max(free, default=1) + 1e-9

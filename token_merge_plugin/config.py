@@ -33,6 +33,9 @@ PROPORTIONAL = ("merge", "tome", "late_tome", "ppt")
 # equal rates do, these lose as little, and take less time for choosing: on a pretrained ViT-S, and less on the built-in
 # model (examples/results/tradeoff.md).
 LARGEST_CUT = 0.2
+# Equal numbers: so many tokens the first stage merges of what each other one does. On a pretrained ViT-S a third to a
+# half lose as little as all, and for its classifier a third is better (examples/results/dense.md, classifier.md).
+FIRST_STAGE = 1 / 3
 # From so many patches on, 28 x 28, tokens are told apart by the means of their keys. On a pretrained ViT-S that errs
 # more at 16 x 16, as much at 24 x 24, and less at 32 x 32 and 40 x 40 (examples/results/resolution.md).
 MANY_PATCHES = 784
@@ -71,7 +74,8 @@ class MergeConfig:
             own.
         schedule: how one float becomes the shares of the stages. "equal_numbers": each stage merges as many tokens,
             but at most a fifth of those that it has, or the same share, a larger one, where that leaves too much work;
-            four stages at odd twelfths of the depth (blocks 1, 3, 5 and 7 of 12) if none are given. "equal_rates":
+            if no stages are given, four at odd twelfths of the depth (blocks 1, 3, 5 and 7 of 12), of which the first
+            merges a third as many as the others. "equal_rates":
             each stage keeps the share `keep_rate`; three stages at 1/4, 1/2 and 3/4 of the depth, or those that a
             family does best with, if none are given. None: equal rates from a keep rate of 0.8 on, where stages are
             given, where blocks give back the grid, or with learned fusion; else equal numbers.
@@ -256,7 +260,10 @@ class MergeConfig:
                 rates = [max(0.5, rate) for rate in spread(inside, weights, least=0.5)]
             else:
                 own = numbered_stages(len(section)) if stages is None else [block - section.start for block in stages]
-                rates = spread(inside, [float(block in own) for block in range(len(section))], least=1 - LARGEST_CUT)
+                weights = [float(block in own) for block in range(len(section))]
+                if stages is None and len(own) > 1:
+                    weights[own[0]] = FIRST_STAGE
+                rates = spread(inside, weights, least=1 - LARGEST_CUT)
             amounts.update(zip(section, rates, strict=True))
         outside = [block for block in stages or () if not any(block in section for section in sections)]
         return amounts | dict.fromkeys(outside, self.keep_rate)  # to be refused by name
