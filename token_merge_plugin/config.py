@@ -30,8 +30,8 @@ BY_CLASS_ATTENTION = ("evit", "ppt", "prune")
 DROPPING = ("ppt", "prune", "random")
 PROPORTIONAL = ("merge", "tome", "late_tome", "ppt")
 # Equal numbers: no stage merges a larger share of its tokens than this, unless all do. Where not even three stages of
-# equal rates do, these lose as little, and take less time for choosing: on a pretrained ViT-S, and less on the built-in
-# model (examples/results/tradeoff.md).
+# equal rates do, these lose as little in equal time on a pretrained ViT-S (examples/results/tradeoff.md), and less on
+# the built-in model.
 LARGEST_CUT = 0.2
 # Equal numbers: so many tokens the first stage merges of what each other one does. On a pretrained ViT-S a third to a
 # half lose as little as all, and for its classifier a third is better (examples/results/dense.md, classifier.md).
