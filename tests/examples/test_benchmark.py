@@ -69,7 +69,7 @@ class Head(nn.Module):
 
 
 def test_error_against_time(tmp_path, monkeypatch):
-    model = make("ViT", num_classes=0)
+    model = make("ViT", num_classes=0, depth=12)
     crops = images(batch=4)
     small = ablation.DenseAblation(model, Head(), crops, torch.arange(4), lambda: crops, 4)
     monkeypatch.setattr(tradeoff, "on_photographs", lambda args: (small, "4 images"))
