@@ -63,7 +63,7 @@ from token_merge_plugin.method.merging import (
 from token_merge_plugin.method.multiscale import fuse
 from token_merge_plugin.method.reduction import Reduced, Stage
 from token_merge_plugin.patching import stage_choices
-from token_merge_plugin.trial.accuracy import paired_interval
+from token_merge_plugin.trial.accuracy import SURE, paired_interval
 from token_merge_plugin.trial.budgets import Budget, scheduled
 from token_merge_plugin.trial.counting import count_macs, equal_compute
 from token_merge_plugin.trial.distances import paired_difference
@@ -73,7 +73,6 @@ from token_merge_plugin.trial.schedules import Shape, numbers
 TensorOf = Callable[[Stage], Tensor]
 Images = Callable[[], Tensor]
 CALIBRATION_IMAGES = 300
-SURE = 1.959964  # standard errors that make a 95 % confidence interval
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What could be done instead: each function takes a stage
@@ -267,7 +266,7 @@ def rows_for(model: nn.Module) -> list[Row]:
 def schedule_rows(model: nn.Module) -> list[Row]:
     """Return the schedules that are tried."""
     choices = stage_choices(model)
-    every = [block for section in choices.sections for block in section]
+    every = choices.blocks
 
     def numbered(name: str, stages: Sequence[int]) -> Row:
         return Row("schedule", f"equal numbers, {name}", MergeConfig(stages=stages, schedule="equal_numbers"))
@@ -286,7 +285,7 @@ def schedule_rows(model: nn.Module) -> list[Row]:
 
 def resolution_rows(model: nn.Module) -> list[Row]:
     """Return what may depend on how many patches there are: what tokens are compared by, and in how many stages."""
-    five = [block for section in stage_choices(model).sections for block in section][1:-1:2]
+    five = stage_choices(model).blocks[1:-1:2]
     schedules: dict[str, dict[str, Any]] = {
         "three": {"schedule": "equal_rates"},
         "four": {"schedule": "equal_numbers"},

@@ -75,10 +75,10 @@ class MergeConfig:
         schedule: how one float becomes the shares of the stages. "equal_numbers": each stage merges as many tokens,
             but at most a fifth of those that it has, or the same share, a larger one, where that leaves too much work;
             if no stages are given, four at odd twelfths of the depth (blocks 1, 3, 5 and 7 of 12), of which the first
-            merges a third as many as the others. "equal_rates":
-            each stage keeps the share `keep_rate`; three stages at 1/4, 1/2 and 3/4 of the depth, or those that a
-            family does best with, if none are given. None: equal rates from a keep rate of 0.8 on, where stages are
-            given, where blocks give back the grid, or with learned fusion; else equal numbers.
+            merges a third as many as the others. "equal_rates": each stage keeps the share `keep_rate`; three stages
+            at 1/4, 1/2 and 3/4 of the depth, or those that a family does best with, if none are given. None: equal
+            rates from a keep rate of 0.8 on, where stages are given, where blocks give back the grid, or with learned
+            fusion; else equal numbers.
         importance: whose attention says how much an image token matters. "auto": that of the class token, if there is
             one, and that of 16 image tokens, evenly spaced, which stand for all; where tokens are merged before they
             attend, nobody's. "class_attention": that of the class token alone (and of DeiT's distillation token).

@@ -212,6 +212,11 @@ class StageChoices(NamedTuple):
     default: Callable[[float], dict[int, float]]
     equal_rates: tuple[int, ...]
 
+    @property
+    def blocks(self) -> list[int]:
+        """The blocks of all sections."""
+        return [block for section in self.sections for block in section]
+
 
 def stage_choices(model: nn.Module) -> StageChoices:
     """Return where a model can reduce tokens, and where it does so by default.

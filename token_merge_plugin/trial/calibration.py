@@ -151,9 +151,7 @@ def calibrate(
             alternatives = [alternative for alternative in ALTERNATIVES if alternative[0] not in options]
             with Journal(log, about) as journal:
                 work = Budget(model, first, budget, target, journal)
-                _check_target(
-                    work, base, [[block for section in choices.sections for block in section], choices.equal_rates]
-                )
+                _check_target(work, base, [choices.blocks, choices.equal_rates])
                 search = _Search(Unpatched(model, batches, head), work, choices, journal)
                 found = search.run(base, alternatives, moves, seed, progress)
         finally:
@@ -208,7 +206,7 @@ class _Search:
     def __init__(self, unpatched: Unpatched, budget: Budget, choices: StageChoices, journal: Journal):
         self.unpatched, self.budget, self.sections, self.journal = unpatched, budget, choices.sections, journal
         self.known = {entry["config"]: torch.tensor(entry["distances"]) for entry in journal.of("distances")}
-        self.blocks = [block for section in self.sections for block in section]
+        self.blocks = choices.blocks
         self.shapes: list[Shape] = [
             lambda strength: choices.default(max(0.01, 0.7**strength)),
             *regular(self.sections, choices.equal_rates),
