@@ -67,7 +67,7 @@ from token_merge_plugin.trial.accuracy import SURE, paired_interval
 from token_merge_plugin.trial.budgets import Budget, scheduled
 from token_merge_plugin.trial.counting import count_macs, equal_compute
 from token_merge_plugin.trial.distances import paired_difference
-from token_merge_plugin.trial.measuring import keep_freed_memory, plan
+from token_merge_plugin.trial.measuring import Use, features, forward, keep_freed_memory, plan
 from token_merge_plugin.trial.schedules import Shape, numbers
 
 TensorOf = Callable[[Stage], Tensor]
@@ -325,12 +325,17 @@ class Ablation:
     """
 
     measure = "root KL / default's"
+    use: Use = staticmethod(forward)
 
     def __init__(self, model: nn.Module, images: Tensor, labels: Tensor, training: Images, batch_size: int):
         self.model, self.images, self.labels, self.batch_size = model, images, labels, batch_size
         self.training = training
-        self.full = count_macs(plan(model, None), images[:1])
+        self.full = self.macs()
         self.unpatched = self.outputs()
+
+    def macs(self) -> int:
+        """Return the multiply-adds that an image takes."""
+        return count_macs(self.model, self.images[:1], self.use)
 
     @torch.inference_mode()
     def outputs(self) -> Tensor:
@@ -345,13 +350,15 @@ class Ablation:
         if row.calibrated:
             config = calibrate(self.model, self.training(), share, batch_size=self.batch_size)
         elif row.shape is not None:
-            schedule = Budget(self.model, self.images[:1], "compute", share).with_compute(row.config, row.shape, share)
+            budget = Budget(self.model, self.images[:1], "compute", share, use=self.use)
+            schedule = budget.with_compute(row.config, row.shape, share)
             if schedule is None:
                 raise ConfigError("It cannot leave so few multiply-adds.")
             config = scheduled(row.config, schedule)
         else:
-            config = equal_compute(self.model, self.images[:1], row.config, round(share * self.full))
-        macs = count_macs(plan(self.model, config), self.images[:1])
+            config = equal_compute(self.model, self.images[:1], row.config, round(share * self.full), self.use)
+        plan(self.model, config)
+        macs = self.macs()
         if abs(macs / self.full - share) > 0.01:
             raise ConfigError(f"It leaves {macs / self.full:.2f} of the multiply-adds, not {share}.")
         return config, macs
@@ -408,6 +415,7 @@ class DenseAblation(Ablation):
     """
 
     measure = "patch tokens / default's, by photograph"
+    use: Use = staticmethod(features)
 
     def __init__(
         self,
@@ -425,7 +433,7 @@ class DenseAblation(Ablation):
     def outputs(self) -> Any:
         parts = []
         for images in self.images.split(self.batch_size):
-            tokens = self.model.forward_features(images)  # type: ignore[operator]
+            tokens = self.use(self.model, images)
             parts.append((tokens[:, 1:], tokens[:, 0], self.head(tokens[:, 1:])))
         return [torch.cat(part) for part in zip(*parts, strict=True)]
 

@@ -39,14 +39,17 @@ def measure(ablation: DenseAblation, shares: list[float], batch_sizes: list[int]
     configs: list[MergeConfig | None] = [None]
     for name, config in CONTENDERS.items():
         for share in shares:
-            fitted = equal_compute(ablation.model, ablation.images[:1], config, round(share * ablation.full))
+            macs = round(share * ablation.full)
+            fitted = equal_compute(ablation.model, ablation.images[:1], config, macs, ablation.use)
             plan(ablation.model, fitted)
             rows.append({"contender": name, "share": share, **ablation.compared()[0], "speed_up": {}})
             configs.append(fitted)
     plan(ablation.model, None)
     for batch_size in batch_sizes:
         images = ablation.images[torch.arange(batch_size) % len(ablation.images)]
-        unpatched, *times = time_in_turns(ablation.model, configs, images, rounds=rounds, seconds=math.inf)
+        unpatched, *times = time_in_turns(
+            ablation.model, configs, images, rounds=rounds, seconds=math.inf, use=ablation.use
+        )
         for row, mine in zip(rows, times, strict=True):
             row["speed_up"][batch_size] = statistics.median(a / b for a, b in zip(unpatched, mine, strict=True))
     return rows

@@ -16,6 +16,7 @@ from token_merge_plugin.trial.calibration import _Measured, better, calibrate
 from token_merge_plugin.trial.counting import count_macs, equal_compute
 from token_merge_plugin.trial.distances import Unpatched
 from token_merge_plugin.trial.journal import Journal
+from token_merge_plugin.trial.measuring import features
 
 FAST = {"moves": 3}
 
@@ -95,7 +96,7 @@ def test_an_interrupted_calibration_goes_on_to_the_same_schedule(tmp_path, monke
 
 
 def test_measured_times_come_from_the_log_when_the_same_work_is_done_again(tmp_path, monkeypatch):
-    def timed(model, configs, images):  # never the same twice
+    def timed(model, configs, images, use):  # never the same twice
         return [[1.0], *([random.random()] for _ in configs[1:])]
 
     def times(*schedules):
@@ -128,8 +129,10 @@ def reached(model, x, target=0.8, **options):
 
 def test_a_model_without_classes_is_calibrated_by_its_patch_tokens_or_by_what_a_head_makes_of_them():
     model, x = make(num_classes=0), images(batch=2)
-    _, report = reached(model, x)
+    config, report = reached(model, x)
     assert report.measure == "relative error of the patch tokens"
+    macs = count_macs(apply(model, config), x[:1], features)
+    assert report.left == pytest.approx(macs / count_macs(remove(model), x[:1], features))
     _, report = reached(model, x, head=torch.nn.Linear(32, 2))
     assert report.measure == "relative error of the head's output"
 

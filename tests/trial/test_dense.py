@@ -9,11 +9,13 @@ from checks import draw_two_classes
 from families import SMALL_SWIN, make
 from torch import nn
 
-from token_merge_plugin import ConfigError, MergeConfig, apply, remove
+from token_merge_plugin import ConfigError, MergeConfig, apply, remove, summary
 from token_merge_plugin.cli import main
 from token_merge_plugin.trial.accuracy import Comparison, compare
+from token_merge_plugin.trial.counting import count_macs
 from token_merge_plugin.trial.images import Tensors
 from token_merge_plugin.trial.journal import Journal
+from token_merge_plugin.trial.measuring import features, forward
 from token_merge_plugin.trial.run import evaluate, run_trial
 
 FAST = {"rounds": 1, "seconds": 0.0}
@@ -77,6 +79,27 @@ def test_errors_of_a_model_without_classes_are_means_over_the_images():
     assert 0 < row.cosine < 1
     assert row.head_change is None
     assert all(getattr(row, name) is None for name in CLASS_FIELDS)
+
+
+@pytest.mark.parametrize(("options", "read"), [({"num_classes": 0}, False), ({}, True)])
+def test_work_and_time_are_those_of_all_tokens(options, read, head, monkeypatch):
+    """A head that reads the class token needs less, but it is the tokens that are judged."""
+    ran, config, head = [], MergeConfig(0.5), head if read else None
+    model, images = make(**options), make_images()
+
+    def timed(model, configs, images, use, **rest):
+        ran.append(use)
+        return [[1.0]] * len(configs)
+
+    monkeypatch.setattr("token_merge_plugin.trial.speed.time_in_turns", timed)
+    row = run_trial(model, Tensors(images, None, 3), (config,), head=head, **FAST).rows[1]
+    less, all_of_it = (count_macs(apply(model, config), images[:1], use) for use in (forward, features))
+    assert less < all_of_it == round(1e9 * row.gmacs)
+    assert set(ran) == {features}
+    other = evaluate(model, Tensors(images), config, head=head).rows[1]
+    assert other.gmacs == row.gmacs
+    if not read:
+        assert summary(apply(model, config)).macs == all_of_it
 
 
 def test_a_model_with_classes_is_judged_by_these_unless_a_head_is_given(head):

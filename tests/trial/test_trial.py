@@ -21,7 +21,7 @@ from token_merge_plugin.config import DROPPING, METHODS
 from token_merge_plugin.trial.accuracy import compare, paired_interval
 from token_merge_plugin.trial.counting import count_macs, equal_compute
 from token_merge_plugin.trial.images import Tensors
-from token_merge_plugin.trial.measuring import keep_freed_memory, peak_memory, time_in_turns
+from token_merge_plugin.trial.measuring import features, forward, keep_freed_memory, peak_memory, time_in_turns
 from token_merge_plugin.trial.run import evaluate, run_trial
 from token_merge_plugin.trial.speed import median_interval
 from token_merge_plugin.trial.tracing import trace
@@ -384,16 +384,18 @@ def test_contenders_are_timed_in_turns():
     assert len(few[0]) == 3
 
 
-def test_compiled_copies_are_timed_and_the_model_is_left_alone(monkeypatch):
+@pytest.mark.parametrize("use", [forward, features])
+def test_compiled_copies_are_timed_and_the_model_is_left_alone(use, monkeypatch):
     compiled = []
 
-    def eager(model, **options):
-        compiled.append(is_patched(model))
-        return compile(model, backend="eager", **options)
+    def eager(run, **options):
+        assert run.func is use
+        compiled.append(is_patched(*run.args))
+        return compile(run, backend="eager", **options)
 
     compile, model = torch.compile, make().eval()
     monkeypatch.setattr(torch, "compile", eager)
-    times = time_in_turns(model, [None, MergeConfig(0.5)], make_images(2), rounds=1, seconds=0, compiled=True)
+    times = time_in_turns(model, [None, MergeConfig(0.5)], make_images(2), rounds=1, seconds=0, compiled=True, use=use)
     assert [len(part) for part in times] == [1, 1]
     assert compiled == [False, True]
     assert not is_patched(model)

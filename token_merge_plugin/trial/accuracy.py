@@ -11,10 +11,19 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from token_merge_plugin.config import MergeConfig
-from token_merge_plugin.trial.dense import Head, Readings, change, evaluating_head, is_dense, read, sum_of_errors
+from token_merge_plugin.trial.dense import (
+    Head,
+    Readings,
+    change,
+    evaluating_head,
+    is_dense,
+    read,
+    sum_of_errors,
+    use_of,
+)
 from token_merge_plugin.trial.images import Batch, Images
 from token_merge_plugin.trial.journal import Journal
-from token_merge_plugin.trial.measuring import halved, plan
+from token_merge_plugin.trial.measuring import features, halved, plan
 from token_merge_plugin.trial.results import UNPATCHED
 
 # Standard errors that make a 95 % confidence interval.
@@ -225,14 +234,13 @@ def _count(mine: Seen, unpatched: Seen, labels: Tensor) -> Counts:
 
 def _see(model: nn.Module, images: Tensor, head: Head | None) -> Seen:
     """Run a batch through the model, and read its tokens on the way if it is dense."""
-    tokens: Any = None
-    if is_dense(model, head) and hasattr(model, "forward_features"):
-        tokens = model.forward_features(images)  # type: ignore[operator]
-    output, features = _with_features(model, images, tokens)
+    use = use_of(model, head)
+    tokens = use(model, images) if use is features else None
+    output, pooled = _with_features(model, images, tokens)
     readings = Readings() if tokens is None else read(model, tokens, head)
-    are_patches = features.ndim > 2 and features.flatten(2).shape[2] > 1
+    are_patches = pooled.ndim > 2 and pooled.flatten(2).shape[2] > 1
     are_measured = are_patches and readings.patches is not None
-    return Seen(output.flatten(1).float(), None if are_measured else features.flatten(1).float(), readings)
+    return Seen(output.flatten(1).float(), None if are_measured else pooled.flatten(1).float(), readings)
 
 
 def _with_features(model: Any, images: Tensor, tokens: Any) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,7 @@ from token_merge_plugin.config import MergeConfig
 from token_merge_plugin.patching import apply, remove
 from token_merge_plugin.trial.counting import count_macs
 from token_merge_plugin.trial.journal import Journal
-from token_merge_plugin.trial.measuring import time_in_turns
+from token_merge_plugin.trial.measuring import Use, forward, time_in_turns
 from token_merge_plugin.trial.schedules import STRONGEST, Shape
 
 WORK = {"compute": "multiply-adds", "latency": "time"}
@@ -27,17 +27,26 @@ class Budget:
         kind: "compute", multiply-adds, or "latency", the measured time of that batch.
         target: share of the unpatched model's work that is to be left.
         journal: keeps measured times, and gives them back in the same order when the same work is done again.
+        use: what the model is run for.
     """
 
-    def __init__(self, model: nn.Module, images: Tensor, kind: str, target: float, journal: Journal | None = None):
-        self.model, self.images, self.kind, self.target = model, images, kind, target
+    def __init__(
+        self,
+        model: nn.Module,
+        images: Tensor,
+        kind: str,
+        target: float,
+        journal: Journal | None = None,
+        use: Use = forward,
+    ):
+        self.model, self.images, self.kind, self.target, self.use = model, images, kind, target, use
         self.journal = Journal(None, {}) if journal is None else journal
         self._known_times = deque(self.journal.of("time"))
-        self.full = count_macs(remove(model), images[:1])
+        self.full = count_macs(remove(model), images[:1], use)
 
     def compute_left(self, base: MergeConfig, schedule: Mapping[int, float]) -> float:
         """Return the share of the multiply-adds that a schedule leaves, with the other options of `base`."""
-        return count_macs(apply(self.model, scheduled(base, schedule)), self.images[:1]) / self.full
+        return count_macs(apply(self.model, scheduled(base, schedule)), self.images[:1], self.use) / self.full
 
     def time_left(self, base: MergeConfig, schedules: Sequence[Mapping[int, float]]) -> list[float]:
         """Return the share of the time that each schedule leaves."""
@@ -45,7 +54,7 @@ class Budget:
         names = [config.to_json() for config in configs]
         if self._known_times and self._known_times[0]["configs"] == names:
             return self._known_times.popleft()["left"]
-        unpatched, *mine = time_in_turns(self.model, [None, *configs], self.images)
+        unpatched, *mine = time_in_turns(self.model, [None, *configs], self.images, use=self.use)
         left = [median(b / a for a, b in zip(unpatched, times, strict=True)) for times in mine]
         self.journal.write("time", configs=names, left=left)
         return left

@@ -21,7 +21,7 @@ from token_merge_plugin.config import MergeConfig
 from token_merge_plugin.errors import ConfigError, counted
 from token_merge_plugin.patching import StageChoices, apply, remove, stage_choices
 from token_merge_plugin.trial.budgets import WORK, Budget, scheduled
-from token_merge_plugin.trial.dense import Head, describe_head, evaluating_head
+from token_merge_plugin.trial.dense import Head, describe_head, evaluating_head, use_of
 from token_merge_plugin.trial.distances import Unpatched, paired_difference
 from token_merge_plugin.trial.images import AnyImages, collect_images
 from token_merge_plugin.trial.journal import Journal
@@ -150,7 +150,7 @@ def calibrate(
             }
             alternatives = [alternative for alternative in ALTERNATIVES if alternative[0] not in options]
             with Journal(log, about) as journal:
-                work = Budget(model, first, budget, target, journal)
+                work = Budget(model, first, budget, target, journal, use_of(model, head))
                 _check_target(work, base, [choices.blocks, choices.equal_rates])
                 search = _Search(Unpatched(model, batches, head), work, choices, journal)
                 found = search.run(base, alternatives, moves, seed, progress)

@@ -18,20 +18,21 @@ from torch.utils.flop_counter import flop_registry
 from token_merge_plugin.config import MergeConfig, tokens_kept
 from token_merge_plugin.method.reduction import SAMPLED_QUERIES
 from token_merge_plugin.patching import apply
-from token_merge_plugin.trial.measuring import evaluating
+from token_merge_plugin.trial.measuring import Use, evaluating, forward
 
 
 @torch.no_grad()
-def count_macs(model: nn.Module, images: Tensor) -> int:
+def count_macs(model: nn.Module, images: Tensor, use: Use = forward) -> int:
     """Return the multiply-adds per image of the model's forward pass, by torch's own counter.
 
     Args:
         model: patched or not. It is run once in eval mode, and left as it was.
         images: [B, C, H, W]; one image is enough.
+        use: what is counted: `measuring.features` for all of the model's tokens.
     """
     # Without fused attention, so that its products are counted whatever the kernel is.
     with evaluating(model), sdpa_kernel(SDPBackend.MATH), _Counter() as counter:
-        model(images)
+        use(model, images)
     return counter.flops // 2 // len(images)
 
 
@@ -56,7 +57,7 @@ class _Counter(TorchDispatchMode):
         return result
 
 
-def equal_compute(model: nn.Module, image: Tensor, base: MergeConfig, target: int) -> MergeConfig:
+def equal_compute(model: nn.Module, image: Tensor, base: MergeConfig, target: int, use: Use = forward) -> MergeConfig:
     """Return a config, with the keep rate that costs as many multiply-adds as asked for.
 
     Token counts are whole numbers, so the target is met to within a token or so in each stage; or not at all, where the
@@ -67,13 +68,14 @@ def equal_compute(model: nn.Module, image: Tensor, base: MergeConfig, target: in
         image: [1, C, H, W].
         base: the config, whose keep rate, a float, is the first guess.
         target: multiply-adds per image, as `count_macs` counts them.
+        use: for which they are counted.
 
     Raises:
         ConfigError: the config does not fit the model.
     """
 
     def macs(rate: float) -> int:
-        return count_macs(apply(model, replace(base, keep_rate=rate)), image)
+        return count_macs(apply(model, replace(base, keep_rate=rate)), image, use)
 
     low, high = (0.01, macs(0.01)), (1.0, macs(1.0))  # keep rates below and above, with their multiply-adds
     rate = base.keep_rate if isinstance(base.keep_rate, float) else 0.7

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from token_merge_plugin.errors import ConfigError
-from token_merge_plugin.trial.measuring import evaluating
+from token_merge_plugin.trial.measuring import Use, evaluating, features, forward
 
 Head = Callable[[Any], Tensor]
 """A callable that is given what the model's forward_features(images) returns, and returns a tensor [B, ...].
@@ -38,6 +38,11 @@ class Readings(NamedTuple):
 def is_dense(model: nn.Module, head: Head | None) -> bool:
     """Return whether the model is judged by its tokens: it has no classes, or a head reads them."""
     return head is not None or getattr(model, "num_classes", None) == 0
+
+
+def use_of(model: nn.Module, head: Head | None) -> Use:
+    """Return what a model is run for: its tokens where it is judged by them and gives them, else its output."""
+    return features if is_dense(model, head) and hasattr(model, "forward_features") else forward
 
 
 def read(model: nn.Module, tokens: Any, head: Head | None) -> Readings:

@@ -9,7 +9,8 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from functools import partial
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,9 @@ from token_merge_plugin.config import MergeConfig
 from token_merge_plugin.errors import ConfigError, DataError, first_line
 from token_merge_plugin.patching import apply, remove
 from token_merge_plugin.trial.fusion import put_back, remember, remembered
+
+Use: TypeAlias = Callable[[Any, Tensor], Any]
+"""What a model is run for, a function of it and of images: `forward` or `features`."""
 
 # From glibc's malloc.h.
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
@@ -35,6 +39,16 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
+
+
+def forward(model: Any, images: Tensor) -> Any:
+    """Return the model's output."""
+    return model(images)
+
+
+def features(model: Any, images: Tensor) -> Any:
+    """Return the model's tokens. To have all of them takes more than the output of a head that reads one."""
+    return model.forward_features(images)
 
 
 def plan(model: nn.Module, config: MergeConfig | None) -> nn.Module:
@@ -106,6 +120,7 @@ def time_in_turns(
     rounds: int = 20,
     seconds: float = 5.0,
     compiled: bool = False,
+    use: Use = forward,
 ) -> list[list[float]]:
     """Time forward passes of one model under several configs, all of them in each round, in random order.
 
@@ -118,6 +133,7 @@ def time_in_turns(
         rounds: how many rounds, if there is time.
         seconds: after this time no further round begins, but three rounds are always run.
         compiled: time a compiled copy of the model for each config.
+        use: what is timed.
 
     Returns:
         For each config, the seconds that a pass took in each round.
@@ -126,11 +142,15 @@ def time_in_turns(
         ConfigError: the model cannot be compiled here.
     """
     if compiled:
-        ready = [_compiled(model, config, images) for config in configs]
+        ready = [_compiled(model, config, images, use) for config in configs]
         return take_turns(ready.__getitem__, len(configs), images, rounds=rounds, seconds=seconds)
     for config in configs:  # warm-up
-        plan(model, config)(images)
-    return take_turns(lambda index: plan(model, configs[index]), len(configs), images, rounds=rounds, seconds=seconds)
+        use(plan(model, config), images)
+
+    def prepare(index: int) -> Callable[[Tensor], Any]:
+        return partial(use, plan(model, configs[index]))
+
+    return take_turns(prepare, len(configs), images, rounds=rounds, seconds=seconds)
 
 
 def take_turns(
@@ -162,13 +182,13 @@ def take_turns(
     return times
 
 
-def _compiled(model: nn.Module, config: MergeConfig | None, images: Tensor) -> Any:
+def _compiled(model: nn.Module, config: MergeConfig | None, images: Tensor, use: Use) -> Any:
     """Return a compiled copy of the model under a config, which has run once."""
     copied = copy.deepcopy(model)
     if remembered(model).fusion:
         remember(copied, remembered(model))
     try:
-        runner = torch.compile(plan(copied, config), dynamic=False)
+        runner = torch.compile(partial(use, plan(copied, config)), dynamic=False)
         for _ in range(2):  # the second pass is the first one without compiling
             runner(images)
     except torch.OutOfMemoryError:
@@ -187,7 +207,7 @@ def peak_memory(run: Callable[[Tensor], Any], images: Tensor, training: bool = F
     """Return the most bytes that a forward pass takes at one time beside weights and images.
 
     Args:
-        run: a model, or a step of its training.
+        run: a model, something else that runs it, or a step of its training.
         images: [B, C, H, W], one batch.
         training: with gradients.
     """

@@ -25,11 +25,11 @@ from token_merge_plugin.errors import ConfigError, DataError, counted
 from token_merge_plugin.patching import remove
 from token_merge_plugin.trial.accuracy import Comparison
 from token_merge_plugin.trial.counting import count_macs, equal_compute
-from token_merge_plugin.trial.dense import Head, check_head, describe_head
+from token_merge_plugin.trial.dense import Head, check_head, describe_head, use_of
 from token_merge_plugin.trial.fusion import remember
 from token_merge_plugin.trial.images import Images
 from token_merge_plugin.trial.journal import Journal
-from token_merge_plugin.trial.measuring import check_images, evaluating, plan
+from token_merge_plugin.trial.measuring import Use, check_images, evaluating, plan
 from token_merge_plugin.trial.results import UNPATCHED, TrialResult, TrialRow
 from token_merge_plugin.trial.speed import Speed
 
@@ -79,7 +79,8 @@ def run_trial(
     halved.
 
     Models without classes, and all models where a head is given, are compared by their tokens instead of by classes:
-    see `patch_error`, `class_error` and `head_change` of `TrialRow`.
+    see `patch_error`, `class_error` and `head_change` of `TrialRow`. Work and time are then those of
+    `forward_features`: to have all tokens takes more than a head that reads the class token does.
 
     Args:
         model: a supported model on its device; it is unpatched, and in the mode it was in, at the end.
@@ -111,15 +112,15 @@ def run_trial(
         UnsupportedModelError, PatchStateError: as `apply`.
     """
     configs = _checked_configs(keep_rates, methods, options)
-    batch, interrupted = _full_batch(data), False
+    batch, interrupted, use = _full_batch(data), False, use_of(model, head)
     remember(model)
     with evaluating(model), _unpatched_at_the_end(model):
         with _autocast(batch.device, dtype):
             check_images(remove(model), batch[:1])
             check_head(model, head, batch[:1])
-        contenders, refused = _contenders(model, batch[:1], configs, methods, progress)
+        contenders, refused = _contenders(model, batch[:1], configs, methods, use, progress)
         about = _about(model, data, contenders, head, name, batch.device, dtype)
-        speed, comparison = Speed(model, batch, rounds, seconds, compiled), Comparison(model, data, head)
+        speed, comparison = Speed(model, batch, rounds, seconds, compiled, use), Comparison(model, data, head)
         plans = {contender.name: contender.config for contender in contenders}
         with Journal(log, about) as journal, _autocast(batch.device, dtype):
             try:
@@ -153,7 +154,7 @@ def evaluate(
     Args, Raises:
         as `run_trial`.
     """
-    image, interrupted = _first_images(data)[:1], False
+    image, interrupted, use = _first_images(data)[:1], False, use_of(model, head)
     remember(model)
     comparison = Comparison(model, data, head)
     with evaluating(model), _unpatched_at_the_end(model):
@@ -161,8 +162,8 @@ def evaluate(
             check_images(remove(model), image)
             check_head(model, head, image)
         contenders = [
-            Contender(UNPATCHED, None, None, count_macs(remove(model), image)),
-            Contender(config.method, name_of(config), config, count_macs(plan(model, config), image)),
+            Contender(UNPATCHED, None, None, count_macs(remove(model), image, use)),
+            Contender(config.method, name_of(config), config, count_macs(plan(model, config), image, use)),
         ]
         about = _about(model, data, contenders, head, name, image.device, dtype)
         with Journal(log, about) as journal, _autocast(image.device, dtype):
@@ -218,21 +219,26 @@ def _full_batch(data: Images) -> Tensor:
 
 
 def _contenders(
-    model: nn.Module, image: Tensor, configs: Mapping[str, MergeConfig], methods: Sequence[str], progress: bool
+    model: nn.Module,
+    image: Tensor,
+    configs: Mapping[str, MergeConfig],
+    methods: Sequence[str],
+    use: Use,
+    progress: bool,
 ) -> tuple[list[Contender], dict[str, str]]:
     """Return the unpatched model and each method at each setting; and {method: why it is refused}."""
-    contenders = [Contender(UNPATCHED, None, None, count_macs(remove(model), image))]
+    contenders = [Contender(UNPATCHED, None, None, count_macs(remove(model), image, use))]
     refused: dict[str, str] = {}
     total = len(configs) * len(methods)
     with tqdm(desc="equal multiply-adds", total=total, unit="setting", leave=False, disable=not progress) as bar:
-        targets = {setting: count_macs(plan(model, config), image) for setting, config in configs.items()}
+        targets = {setting: count_macs(plan(model, config), image, use) for setting, config in configs.items()}
         for method in methods:
             for setting, config in configs.items():
                 try:
                     if method != config.method:
                         rate = config.keep_rate if isinstance(config.keep_rate, float) else 0.7
-                        config = equal_compute(model, image, MergeConfig(rate, method=method), targets[setting])
-                    contenders.append(Contender(method, setting, config, count_macs(plan(model, config), image)))
+                        config = equal_compute(model, image, MergeConfig(rate, method=method), targets[setting], use)
+                    contenders.append(Contender(method, setting, config, count_macs(plan(model, config), image, use)))
                 except ConfigError as error:
                     refused[method] = str(error)
                 bar.update()

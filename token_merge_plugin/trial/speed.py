@@ -4,6 +4,7 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from tqdm import tqdm
 from token_merge_plugin.config import MergeConfig
 from token_merge_plugin.patching import remove
 from token_merge_plugin.trial.journal import Journal
-from token_merge_plugin.trial.measuring import halved, peak_memory, plan, time_in_turns
+from token_merge_plugin.trial.measuring import Use, forward, halved, peak_memory, plan, time_in_turns
 from token_merge_plugin.trial.results import UNPATCHED
 
 
@@ -48,8 +49,16 @@ class Speed:
         timings: {contender: its times so far}, all at this batch size.
     """
 
-    def __init__(self, model: nn.Module, images: Tensor, rounds: int, seconds: float, compiled: bool = False):
-        self.model, self.images, self.compiled = model, images, compiled
+    def __init__(
+        self,
+        model: nn.Module,
+        images: Tensor,
+        rounds: int,
+        seconds: float,
+        compiled: bool = False,
+        use: Use = forward,
+    ):
+        self.model, self.images, self.compiled, self.use = model, images, compiled, use
         self.rounds, self.seconds = rounds, seconds
         self.timings: dict[str, Timing] = {}
 
@@ -87,7 +96,13 @@ class Speed:
     def _timed(self, config: MergeConfig) -> Timing:
         throughput, latency = (
             time_in_turns(
-                self.model, [None, config], images, rounds=self.rounds, seconds=seconds, compiled=self.compiled
+                self.model,
+                [None, config],
+                images,
+                rounds=self.rounds,
+                seconds=seconds,
+                compiled=self.compiled,
+                use=self.use,
             )
             for images, seconds in ((self.images, self.seconds), (self.images[:1], self.seconds / 5))
         )
@@ -97,8 +112,8 @@ class Speed:
             speed_up=statistics.median(ratios),
             unpatched_latency=statistics.median(latency[0]),
             latency_speed_up=statistics.median(latency_ratios),
-            memory=peak_memory(plan(self.model, config), self.images),
-            unpatched_memory=peak_memory(remove(self.model), self.images),
+            memory=peak_memory(partial(self.use, plan(self.model, config)), self.images),
+            unpatched_memory=peak_memory(partial(self.use, remove(self.model)), self.images),
             speed_up_interval=median_interval(ratios),
             latency_speed_up_interval=median_interval(latency_ratios),
         )

@@ -12,6 +12,7 @@ from token_merge_plugin.errors import PatchStateError
 from token_merge_plugin.method.state import recorded
 from token_merge_plugin.patching import plans_of, remove
 from token_merge_plugin.trial.counting import count_macs
+from token_merge_plugin.trial.dense import use_of
 from token_merge_plugin.trial.measuring import check_images, device_of, evaluating
 from token_merge_plugin.trial.models import input_size
 
@@ -26,7 +27,7 @@ class Summary:
         config: the options.
         stages: {block: share of its tokens that it keeps, or number that it merges}.
         tokens: {block: image tokens behind it}, for the stages of families whose tokens leave the sequence.
-        macs: multiply-adds per image.
+        macs: multiply-adds per image; of `forward_features` for a model without classes.
         unpatched_macs: of the model without the patch.
         restored: where the full grid is restored.
     """
@@ -81,8 +82,8 @@ def summary(model: nn.Module, image_size: tuple[int, int] | None = None) -> Summ
         config=plans[0].config,
         stages=dict(plans[0].schedule),
         tokens={block: state.merged.size.shape[1] for block, state in trace if state.merged is not None},
-        macs=count_macs(model, image),
-        unpatched_macs=count_macs(unpatched, image),
+        macs=count_macs(model, image, use_of(model, None)),
+        unpatched_macs=count_macs(unpatched, image, use_of(model, None)),
         restored=adapter.restores,
     )
     print(found)
