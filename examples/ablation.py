@@ -170,6 +170,7 @@ class Variant:
         tokens: [B, T, C], what is merged in the place of the tokens.
         rounds: of `assign`.
         offsets: give back what a patch had of its own.
+        keep_norms: merged tokens are as long as those that they are made of.
     """
 
     importance: TensorOf | None = None
@@ -179,6 +180,7 @@ class Variant:
     tokens: TensorOf | None = None
     rounds: int = merging.ROUNDS
     offsets: bool = True
+    keep_norms: bool = True
 
     def __call__(self, stage: Stage) -> Reduced:
         size = stage.before.size
@@ -193,7 +195,7 @@ class Variant:
                 assignment = assign(cost, stage.amount, stage.real)
         tokens = stage.tokens if self.tokens is None else self.tokens(stage)
         # `merge` divides by 1 at least, and only the proportions of what it is given matter.
-        merged_tokens, _ = merge(tokens, 1e6 * weight if self.by_importance else size, assignment)
+        merged_tokens, _ = merge(tokens, 1e6 * weight if self.by_importance else size, assignment, self.keep_norms)
         return merged_tokens, merge(tokens, size, assignment)[1], assignment
 
 
@@ -250,6 +252,7 @@ def rows_for(model: nn.Module) -> list[Row]:
         variant("choice", "four rounds", rounds=4),
         variant("choice", "the cheapest pair again and again", exact=True),
         variant("merge", "weighted by importance", by_importance=True),
+        variant("merge", "means, shorter than what they are made of", keep_norms=False),
         option("merge", "no proportional attention", proportional_attention=False),
         variant("restoring", "without offsets", offsets=False),
         option("multi-scale", "in the importance", multi_scale="importance"),

@@ -219,6 +219,9 @@ def reduce(tokens, amount, options, seen, close):
             row = sum(received[i] * tokens.rows[i] for i in group)
         else:
             row = sum(sizes[i] * tokens.rows[i] for i in group) / sum(sizes[i] for i in group)
+        if method == "merge":  # as long as the tokens are on average
+            length = sum(sizes[i] * math.hypot(*tokens.rows[i]) for i in group) / sum(sizes[i] for i in group)
+            row = row * length / math.hypot(*row)
         if method not in FORGETTING:
             for i in group:
                 for patch in tokens.holds[i]:

@@ -82,6 +82,28 @@ def test_merged_tokens_are_means_weighted_with_sizes(case):
 
 
 @given(cases())
+def test_merged_tokens_are_as_long_as_what_they_are_made_of_on_average(case):
+    x, size, score, keep = case
+    assignment = by_score(x, score, keep)
+    means, _ = merge(x, size, assignment)
+    merged, _ = merge(x, size, assignment, keep_norms=True)
+    for b in range(len(x)):
+        for k in range(keep):
+            group = [assignment.crucial[b, k].item(), *assignment.rest[b][assignment.target[b] == k].tolist()]
+            weight = size[b, group]
+            length = (weight * x[b, group].square().sum(1).sqrt()).sum() / weight.sum()
+            torch.testing.assert_close(merged[b, k], means[b, k] * length / means[b, k].square().sum().sqrt())
+
+
+@pytest.mark.parametrize("dtype", [torch.half, torch.bfloat16, torch.float])
+def test_tokens_that_cancel_each_other_are_merged_into_none(dtype):
+    x = torch.tensor([[[3.0, 4.0], [-3.0, -4.0], [100.0, 0.0]]], dtype=dtype)
+    assignment = Assignment(torch.tensor([[0, 2]]), torch.tensor([[1]]), torch.tensor([[0]]))
+    merged, _ = merge(x, torch.ones(1, 3), assignment, keep_norms=True)
+    assert torch.equal(merged, torch.tensor([[[0.0, 0.0], [100.0, 0.0]]], dtype=dtype))
+
+
+@given(cases())
 def test_sizes_sum_to_the_number_of_patches(case):
     x, size, score, keep = case
     _, merged_size = merge(x, size, by_score(x, score, keep))
@@ -95,12 +117,12 @@ def test_the_weighted_sum_of_tokens_is_kept(case):
     torch.testing.assert_close((merged_size[:, :, None] * merged).sum(1), (size[:, :, None] * x).sum(1))
 
 
-@given(cases())
-def test_a_token_that_takes_no_other_is_left_exactly_as_it_is(case):
+@given(cases(), st.booleans())
+def test_a_token_that_takes_no_other_is_left_exactly_as_it_is(case, keep_norms):
     x, size, score, keep = case
     x, size = x.float(), size.float()
     assignment = by_score(x, score, keep)
-    merged, _ = merge(x, size, assignment)
+    merged, _ = merge(x, size, assignment, keep_norms)
     for b in range(len(x)):
         for k in set(range(keep)) - set(assignment.target[b].tolist()):
             assert torch.equal(merged[b, k], x[b, assignment.crucial[b, k]])
@@ -135,15 +157,15 @@ def test_restore_gives_each_patch_the_token_that_holds_it(case):
             assert torch.equal(restored[b, patch], merged[b, token_map[b, patch]])
 
 
-@given(cases())
-def test_merging_equal_tokens_and_restoring_changes_nothing(case):
+@given(cases(), st.booleans())
+def test_merging_equal_tokens_and_restoring_changes_nothing(case, keep_norms):
     x, size, score, keep = case
     x = torch.cat((x, 1 + x[:, :, :1] ** 2), dim=2)  # no two tokens parallel, even with one channel
     copies = torch.arange(x.shape[1]) % keep
     x = x[:, copies]
     score[:, :keep] += 100
     assignment = by_score(x, score, keep)
-    merged, _ = merge(x, size, assignment)
+    merged, _ = merge(x, size, assignment, keep_norms)
     token_map = follow(torch.arange(x.shape[1]).expand(len(x), -1), assignment)
     torch.testing.assert_close(restore(merged, token_map), x)
 
@@ -262,44 +284,45 @@ def test_padding_changes_neither_which_tokens_stay_nor_where_the_others_go(case)
         assert goes == dict(zip(alone.rest[b].tolist(), expected, strict=True))
 
 
-@given(cases())
-def test_an_image_does_not_depend_on_the_others_of_its_batch(case):
+@given(cases(), st.booleans())
+def test_an_image_does_not_depend_on_the_others_of_its_batch(case, keep_norms):
     x, size, score, keep = case
-    together = merge(x, size, by_score(x, score, keep))
+    together = merge(x, size, by_score(x, score, keep), keep_norms)
     for b in range(len(x)):
         one = slice(b, b + 1)
-        alone = merge(x[one], size[one], by_score(x[one], score[one], keep))
+        alone = merge(x[one], size[one], by_score(x[one], score[one], keep), keep_norms)
         torch.testing.assert_close(alone[0], together[0][one])
         assert torch.equal(alone[1], together[1][one])
 
 
-@given(cases())
-def test_a_token_of_size_zero_adds_nothing_to_the_token_that_takes_it(case):
+@given(cases(), st.booleans())
+def test_a_token_of_size_zero_adds_nothing_to_the_token_that_takes_it(case, keep_norms):
     x, size, score, keep = case
     padding = torch.zeros_like(size, dtype=torch.bool)
     padding[:, -max(1, x.shape[1] // 3) :] = True
     size = size.masked_fill(padding, 0)
     assignment = by_score(x, score, keep)
-    merged, merged_size = merge(x, size, assignment)
-    merged_noise, _ = merge(torch.where(padding[:, :, None], x + 100, x), size, assignment)
+    merged, merged_size = merge(x, size, assignment, keep_norms)
+    merged_noise, _ = merge(torch.where(padding[:, :, None], x + 100, x), size, assignment, keep_norms)
     real = merged_size > 0
     assert torch.equal(merged[real], merged_noise[real])
 
 
-@given(cases())
-def test_gradients_of_a_merge_agree_with_finite_differences(case):
+@given(cases(), st.booleans())
+def test_gradients_of_a_merge_agree_with_finite_differences(case, keep_norms):
     x, size, score, keep = case
     assignment = by_score(x, score, keep)
     token_map = follow(torch.arange(x.shape[1]).expand(len(x), -1), assignment)
     assert torch.autograd.gradcheck(
-        lambda x: restore(merge(x, size, assignment)[0], token_map), (x[:, :, :2].clone().requires_grad_(),)
+        lambda x: restore(merge(x, size, assignment, keep_norms)[0], token_map), (x[:, :, :2].clone().requires_grad_(),)
     )
 
 
-def test_half_precision_does_not_overflow_where_many_large_tokens_merge():
+@pytest.mark.parametrize("keep_norms", [False, True])
+def test_half_precision_does_not_overflow_where_many_large_tokens_merge(keep_norms):
     x = torch.full((1, 200, 4), 60_000.0, dtype=torch.half)
     size = torch.ones(1, 200)
-    merged, _ = merge(x, size, by_score(x, torch.rand(1, 200), 1))
+    merged, _ = merge(x, size, by_score(x, torch.rand(1, 200), 1), keep_norms)
     assert torch.isfinite(merged).all()
     torch.testing.assert_close(merged.float(), torch.full((1, 1, 4), 60_000.0), rtol=2e-3, atol=0)
 

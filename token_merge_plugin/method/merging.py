@@ -290,7 +290,7 @@ def match(cost: Tensor, crucial: Tensor, rest: Tensor) -> Tensor:
     return rows.gather(2, crucial[:, None, :].expand(-1, rest.shape[1], -1)).argmin(dim=2)
 
 
-def merge(tokens: Tensor, size: Tensor, assignment: Assignment) -> tuple[Tensor, Tensor]:
+def merge(tokens: Tensor, size: Tensor, assignment: Assignment, keep_norms: bool = False) -> tuple[Tensor, Tensor]:
     """Merge the rest into the crucial tokens, by means weighted with the tokens' sizes.
 
     The weights of the merged tokens are applied as one matrix product: unlike a scatter it is deterministic on
@@ -300,6 +300,9 @@ def merge(tokens: Tensor, size: Tensor, assignment: Assignment) -> tuple[Tensor,
         tokens: [B, T, C].
         size: [B, T], the number of patches that each token stands for.
         assignment: K tokens that stay and M that go.
+        keep_norms: a merged token is as long as the tokens that it is made of are on average, and points where their
+            mean does. The mean is shorter, the more they differ, so that what is added to it later counts for more;
+            that lengths are to be kept when tokens are merged is known from Kim et al. 2024, "Token Fusion".
 
     Returns:
         tokens [B, K, C] and sizes [B, K], whose sum is that of the sizes given.
@@ -313,9 +316,23 @@ def merge(tokens: Tensor, size: Tensor, assignment: Assignment) -> tuple[Tensor,
     merged_size = own + taken.sum(dim=2)
     # Only padding has size 0; dividing by 1 then leaves its (unused) token at zero instead of NaN.
     total = merged_size.clamp(min=1)
-    share = (taken / total.unsqueeze(2)).to(tokens.dtype)
-    stay = take(tokens, crucial) * (own / total).unsqueeze(2).to(tokens.dtype)
-    return torch.baddbmm(stay, share, take(tokens, rest)), merged_size
+    share, own_share = taken / total.unsqueeze(2), (own / total).unsqueeze(2)
+
+    def mean(stay: Tensor, go: Tensor) -> Tensor:
+        return torch.baddbmm(stay * own_share.to(stay.dtype), share.to(go.dtype), go)
+
+    stay, go = take(tokens, crucial), take(tokens, rest)
+    merged = mean(stay, go)
+    if keep_norms:
+        longer = mean(_norms(stay), _norms(go)) / _norms(merged).clamp(min=1e-12)
+        merged = (merged * longer).to(merged.dtype)  # a factor may be more than half precision holds
+    return merged, merged_size
+
+
+def _norms(tokens: Tensor) -> Tensor:
+    """Return the norm of each token: [B, T, C] -> [B, T, 1], in float32 at least."""
+    wide = tokens.to(torch.promote_types(tokens.dtype, torch.float32))
+    return torch.linalg.vector_norm(wide, dim=2, keepdim=True)
 
 
 def drop(tokens: Tensor, size: Tensor, assignment: Assignment) -> tuple[Tensor, Tensor]:

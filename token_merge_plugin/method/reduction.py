@@ -137,7 +137,7 @@ def _merge(stage: Stage) -> Reduced:
     with torch.no_grad():
         weight = stage.before.size * _importance(stage)
         assignment = assign(merge_cost(_descriptors(stage), weight), stage.amount, stage.real)
-    return *merge(stage.tokens, stage.before.size, assignment), assignment
+    return *merge(stage.tokens, stage.before.size, assignment, keep_norms=True), assignment
 
 
 def _tome(stage: Stage) -> Reduced:
