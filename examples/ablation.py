@@ -282,7 +282,7 @@ def schedule_rows(model: nn.Module) -> list[Row]:
         numbered("every other block, from the second", every[1:-1:2]),
         numbered("every other block, from the second, but the last of these", every[1:-1:2][:-1]),
         numbered("every other block, from the first", every[:-1:2]),
-        Row("schedule", "late-heavy numbers, every block", shape=partial(numbers, choices.sections, 1, 2)),
+        Row("schedule", "late-heavy numbers, every block", shape=partial(numbers, choices.sections, every, 2)),
     ]
 
 

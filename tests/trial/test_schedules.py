@@ -67,16 +67,32 @@ def merged(schedule, blocks):
 
 
 def test_equal_numbers_are_equal_and_late_ones_grow_with_the_square_of_the_block():
-    assert merged(numbers([range(5)], 1, 0, 0.5), range(5)) == pytest.approx([0.1] * 5)
-    assert merged(numbers([range(5)], 2, 0, 0.5), range(5)) == pytest.approx([0, 0.25, 0, 0.25, 0])
+    assert merged(numbers([range(5)], range(5), 0, 0.5), range(5)) == pytest.approx([0.1] * 5)
+    assert merged(numbers([range(5)], (1, 3), 0, 0.5), range(5)) == pytest.approx([0, 0.25, 0, 0.25, 0])
     weights = [1, 4, 9, 16]
-    assert merged(numbers([range(4)], 1, 2, 0.6), range(4)) == pytest.approx([0.6 * w / 30 for w in weights])
+    assert merged(numbers([range(4)], range(4), 2, 0.6), range(4)) == pytest.approx([0.6 * w / 30 for w in weights])
 
 
 def test_numbers_begin_anew_in_each_section_and_no_block_merges_more_than_half():
-    assert merged(numbers([range(2), range(2, 4)], 1, 0, 0.8), range(2)) == pytest.approx([0.2, 0.2])
-    assert numbers([range(2), range(2, 4)], 1, 0, 0.8)[2] == pytest.approx(0.8)
-    assert numbers([range(3)], 1, 0, 100.0) == dict.fromkeys(range(3), 0.5)
+    assert merged(numbers([range(2), range(2, 4)], range(4), 0, 0.8), range(2)) == pytest.approx([0.2, 0.2])
+    assert numbers([range(2), range(2, 4)], range(4), 0, 0.8)[2] == pytest.approx(0.8)
+    assert numbers([range(3)], range(3), 0, 100.0) == dict.fromkeys(range(3), 0.5)
+
+
+def test_schedules_by_number_have_stages_at_twelfths_of_any_depth():
+    assert [tuple(shape(0.5)) for shape in by_number([range(12)])] == [
+        tuple(range(12)),
+        (1, 3, 5, 7, 9),
+        (2, 4, 6, 8),
+        (3, 5, 7, 9),
+        (1, 4, 7),
+        (3, 4, 5, 6, 7, 8, 9),
+        tuple(range(12)),
+        (1, 3, 5, 7, 9, 11),
+    ]
+    assert (4, 8, 12, 16) in [tuple(shape(0.5)) for shape in by_number([range(24)])]
+    shallow = [tuple(shape(0.5)) for shape in by_number([range(2), range(2, 4)])]
+    assert shallow == [(0, 1, 2, 3), (0, 1, 2), (1, 2, 3), (0, 1, 2, 3), (1, 3)]
 
 
 @pytest.mark.parametrize("shape", [*by_number([range(6), range(6, 7)]), *by_number([range(1)])])
