@@ -5,8 +5,9 @@
 Weights and images are random: they do not change what is computed. Contenders take turns, each round in another
 order; the ratio is the median over rounds, so the machine's own ups and downs cancel. The efficiency is the speed-up
 as a share of what the multiply-adds promise. `--profile` says where the rest goes: what choosing, merging and restoring
-take, and what smaller matrices take beyond their share. With several models or image sizes there is a table for each,
-and a chart of how the efficiency grows:
+take, and what smaller matrices take beyond their share. `--multiples` tells whether hardware likes numbers of tokens
+that are multiples of 8, say. With several models or image sizes there is a table for each, and a chart of how the
+efficiency grows:
 
     python examples/benchmark.py --img-size 224 384 640 896 --batch-size 1 --keep-rates 0.7 0.5 --chart growth.svg
     python examples/benchmark.py --training --keep-rates 0.7 0.5
@@ -29,7 +30,7 @@ import torch
 import token_merge_plugin
 from token_merge_plugin.config import METHODS, SCHEDULES
 from token_merge_plugin.method import reduction
-from token_merge_plugin.method.state import Pass, Plan
+from token_merge_plugin.method.state import Pass, Plan, recorded
 from token_merge_plugin.trial.counting import count_macs
 from token_merge_plugin.trial.measuring import keep_freed_memory, peak_memory, take_turns, time_in_turns
 from token_merge_plugin.trial.report import require_charts
@@ -98,6 +99,21 @@ def training_step(model: torch.nn.Module) -> Callable[[torch.Tensor], None]:
     return step
 
 
+def in_multiples(
+    model: torch.nn.Module, config: token_merge_plugin.MergeConfig, multiple: int, image: torch.Tensor
+) -> token_merge_plugin.MergeConfig:
+    """Return a config whose stages leave the nearest multiple of so many tokens, prefix tokens included."""
+    token_merge_plugin.apply(model, config)
+    with torch.inference_mode(), recorded() as trace:
+        model(image)
+    rates, before = {}, trace[0][1].num_patches
+    for block, state in trace:
+        prefix, tokens = state.num_prefix_tokens, state.merged.size.shape[1]
+        keep = max(multiple, round((prefix + tokens) / multiple) * multiple) - prefix
+        rates[block], before = min(keep, before) / before, min(keep, before)
+    return token_merge_plugin.MergeConfig(rates)
+
+
 class Contender(NamedTuple):
     """One row of a table, and what was measured of it.
 
@@ -136,6 +152,11 @@ def measure(args: argparse.Namespace, name: str, img_size: int | None) -> list[C
         token_merge_plugin.MergeConfig(rate, method=method, schedule=schedule if schedule in SCHEDULES else None)
         for method, schedule, rate in [("merge", "", 1.0), *kinds[1:]]
     ]
+    for multiple in args.multiples:
+        kinds += [("merge", f"multiples of {multiple}", rate) for rate in args.keep_rates]
+        configs += [
+            in_multiples(model, token_merge_plugin.MergeConfig(rate), multiple, images[:1]) for rate in args.keep_rates
+        ]
     macs = [count_macs(token_merge_plugin.apply(model, config), images[:1]) for config in configs]
     memory: list[int | None] = [None] * len(configs)
     if args.training:
@@ -204,6 +225,7 @@ def main() -> None:
     parser.add_argument("--keep-rates", type=float, nargs="+", default=[0.9, 0.8, 0.7, 0.6, 0.5])
     parser.add_argument("--schedules", nargs="+", default=["default"], choices=["default", *SCHEDULES[1:]])
     parser.add_argument("--methods", nargs="+", default=["merge"], choices=METHODS)
+    parser.add_argument("--multiples", type=int, nargs="+", default=[], help="also leave multiples of so many tokens")
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

@@ -11,7 +11,7 @@ import tradeoff
 from families import images, make
 from torch import nn
 
-from token_merge_plugin import apply
+from token_merge_plugin import MergeConfig, apply, summary
 from token_merge_plugin.trial.counting import count_macs
 
 
@@ -43,6 +43,20 @@ def test_the_table_of_a_model(training, monkeypatch, capsys):
         assert titles[8] == "peak memory"
     else:
         assert "| choosing | merging |" in printed
+
+
+def test_stages_leave_multiples_of_so_many_tokens(monkeypatch, capsys):
+    model, image = benchmark.timm.create_model("test_vit").eval(), torch.randn(1, 3, 160, 160)
+    config = benchmark.in_multiples(model, MergeConfig(0.6), 8, image)
+    tokens = summary(apply(model, config)).tokens
+    assert [*tokens] == [*summary(apply(model, 0.6)).tokens] == [*config.keep_rate]
+    assert all((tokens[block] + 1) % 8 == 0 for block in tokens)
+    run(benchmark, monkeypatch, "--model", "test_vit", "--keep-rates", 0.6, "--rounds", 3, "--multiples", 8)
+    printed = capsys.readouterr().out
+    assert [row[:3] for row in rows_of(printed)][2:] == [
+        ["merge", "default", "0.6"],
+        ["merge", "multiples of 8", "0.6"],
+    ]
 
 
 def test_a_step_of_training_gives_every_parameter_a_gradient_of_its_own():

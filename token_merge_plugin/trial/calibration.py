@@ -20,6 +20,7 @@ from tqdm import tqdm
 from token_merge_plugin.config import MergeConfig
 from token_merge_plugin.errors import ConfigError, counted
 from token_merge_plugin.patching import StageChoices, apply, remove, stage_choices
+from token_merge_plugin.trial.accuracy import SURE
 from token_merge_plugin.trial.budgets import WORK, Budget, scheduled
 from token_merge_plugin.trial.dense import Head, describe_head, evaluating_head, use_of
 from token_merge_plugin.trial.distances import Unpatched, paired_difference
@@ -28,8 +29,6 @@ from token_merge_plugin.trial.journal import Journal
 from token_merge_plugin.trial.measuring import check_images, device_of, evaluating
 from token_merge_plugin.trial.schedules import PROBES, STRONGEST, Shape, by_number, cheapest, moved, powers, regular
 
-# Standard errors that make a 95 % confidence interval.
-SURE = 1.96
 # Options that are tried with the best schedule, unless the user has given them; with what makes them sure enough, in
 # standard errors.
 ALTERNATIVES: tuple[tuple[str, Any, float], ...] = (
