@@ -317,21 +317,19 @@ def merge(tokens: Tensor, size: Tensor, assignment: Assignment, keep_norms: bool
     # Only padding has size 0; dividing by 1 then leaves its (unused) token at zero instead of NaN.
     total = merged_size.clamp(min=1)
     share, own_share = taken / total.unsqueeze(2), (own / total).unsqueeze(2)
-
-    def mean(stay: Tensor, go: Tensor) -> Tensor:
-        return torch.baddbmm(stay * own_share.to(stay.dtype), share.to(go.dtype), go)
-
     stay, go = take(tokens, crucial), take(tokens, rest)
-    merged = mean(stay, go)
+    merged = torch.baddbmm(stay * own_share.to(tokens.dtype), share.to(tokens.dtype), go)
     if keep_norms:
-        longer = mean(_norms(stay), _norms(go)) / _norms(merged).clamp(min=1e-12)
+        # Not by a product of matrices, which autocast would round.
+        length = own_share * _norms(stay) + (share * _norms(go).transpose(1, 2)).sum(dim=2, keepdim=True)
+        longer = length / _norms(merged).clamp(min=1e-12)
         merged = (merged * longer).to(merged.dtype)  # a factor may be more than half precision holds
     return merged, merged_size
 
 
 def _norms(tokens: Tensor) -> Tensor:
     """Return the norm of each token: [B, T, C] -> [B, T, 1], in float32 at least."""
-    wide = tokens.to(torch.promote_types(tokens.dtype, torch.float32))
+    wide = tokens if tokens.dtype in (torch.float32, torch.float64) else tokens.float()
     return torch.linalg.vector_norm(wide, dim=2, keepdim=True)
 
 

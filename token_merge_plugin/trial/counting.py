@@ -110,8 +110,8 @@ def vit_macs(
 
     With T tokens of C channels, prefix tokens included, a block costs T (4 C^2 + 2 r C^2) for its matrices and
     2 T^2 C for its attention. A stage compares N image tokens with each other (N^2 C), computes some rows of attention
-    (T C each), and merges M of the tokens and their norms into K (K M (C + 1)). Where a class token is read, the last
-    block leaves out image tokens behind its attention.
+    (T C each), and merges M of the tokens into K (K M C). Where a class token is read, the last block leaves out image
+    tokens behind its attention.
 
     Args:
         num_patches: image tokens at the input.
@@ -134,7 +134,7 @@ def vit_macs(
         keep = 0 if unread else tokens_kept(patches, schedule.get(block, 1.0))
         if keep < patches and not unread:
             queries = num_class_tokens + SAMPLED_QUERIES
-            macs += (patches**2 + queries * tokens) * embed_dim + keep * (patches - keep) * (embed_dim + 1)
+            macs += (patches**2 + keep * (patches - keep) + queries * tokens) * embed_dim
         patches = keep
         macs += round(2 * mlp_ratio * (num_prefix_tokens + patches) * embed_dim**2)
     return macs
