@@ -37,7 +37,7 @@ LARGEST_CUT = 0.2
 # half lose as little as all, and for its classifier a third is better (examples/results/dense.md, classifier.md).
 FIRST_STAGE = 1 / 3
 # From so many patches on, 28 x 28, tokens are told apart by the means of their keys. On a pretrained ViT-S that errs
-# more at 16 x 16, as much at 24 x 24, and less at 32 x 32 and 40 x 40 (examples/results/resolution.md).
+# more up to 24 x 24, and less at 32 x 32 (examples/results/resolution.md).
 MANY_PATCHES = 784
 
 
