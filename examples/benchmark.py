@@ -109,8 +109,8 @@ def in_multiples(
     rates, before = {}, trace[0][1].num_patches
     for block, state in trace:
         prefix, tokens = state.num_prefix_tokens, state.merged.size.shape[1]
-        keep = max(multiple, round((prefix + tokens) / multiple) * multiple) - prefix
-        rates[block], before = min(keep, before) / before, min(keep, before)
+        keep = min(before, max(multiple, round((prefix + tokens) / multiple) * multiple) - prefix)
+        rates[block], before = keep / before, keep
     return token_merge_plugin.MergeConfig(rates)
 
 

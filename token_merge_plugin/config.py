@@ -271,7 +271,12 @@ class MergeConfig:
 
 def default_stages(depth: int) -> tuple[int, ...]:
     """Return the blocks at 1/4, 1/2 and 3/4 of the depth, as in the paper: 3, 6 and 9 of 12."""
-    return tuple(sorted({depth * quarter // 4 for quarter in (1, 2, 3)}))
+    return at_twelfths(depth, (3, 6, 9))
+
+
+def at_twelfths(depth: int, twelfths: Sequence[int]) -> tuple[int, ...]:
+    """Return the blocks at so many twelfths of the depth, in their order, each of them once."""
+    return tuple(sorted({depth * twelfth // 12 for twelfth in twelfths}))
 
 
 def numbered_stages(depth: int) -> tuple[int, ...]:
@@ -281,7 +286,7 @@ def numbered_stages(depth: int) -> tuple[int, ...]:
     (examples/results/dense.md). Not the last block, in which only the MLP would be left to gain, unless there is no
     other.
     """
-    return tuple(sorted({depth * twelfth // 12 for twelfth in (1, 3, 5, 7)} - {depth - 1})) or (0,)
+    return tuple(block for block in at_twelfths(depth, (1, 3, 5, 7)) if block < depth - 1) or (0,)
 
 
 def late_weights(depth: int) -> list[float]:

@@ -11,8 +11,8 @@ from torch.utils._pytree import tree_leaves
 
 from token_merge_plugin.errors import ConfigError, DataError
 from token_merge_plugin.patching import remove
-from token_merge_plugin.trial.dense import Head, read, relative_errors
-from token_merge_plugin.trial.measuring import device_of
+from token_merge_plugin.trial.dense import Head, read, relative_errors, use_of
+from token_merge_plugin.trial.measuring import device_of, features
 
 
 class Unpatched:
@@ -87,22 +87,21 @@ def paired_difference(mine: Tensor, other: Tensor) -> tuple[float, float]:
 
 def _what_counts(model: Any, head: Head | None) -> tuple[Callable[[Tensor], Any], str]:
     """Return what makes of images that which is compared, and what its relative error is called."""
-    has_features = hasattr(model, "forward_features")
     if head is not None:
         if not callable(head):
             raise ConfigError(f"head={head!r} cannot be called. Give a function or module that takes the features.")
-        if not has_features:
+        if use_of(model, head) is not features:
             raise ConfigError(f"{type(model).__name__} has no forward_features whose result a head could take.")
-        return lambda images: head(model.forward_features(images)), "relative error of the head's output"
-    if has_features and getattr(model, "num_classes", None) == 0:
-        return lambda images: _patch_tokens(model, model.forward_features(images)), "relative error of the patch tokens"
+        return lambda images: head(features(model, images)), "relative error of the head's output"
+    if use_of(model, None) is features:
+        return lambda images: _patch_tokens(model, features(model, images)), "relative error of the patch tokens"
     return model, "relative error of the output"
 
 
-def _patch_tokens(model: nn.Module, features: Any) -> Any:
-    """Return the patch tokens of features, or the features where they have none."""
-    patches = read(model, features, None).patches
-    return features if patches is None else patches
+def _patch_tokens(model: nn.Module, tokens: Any) -> Any:
+    """Return the patch tokens of what `forward_features` returned, or all of that where it has none."""
+    patches = read(model, tokens, None).patches
+    return tokens if patches is None else patches
 
 
 def _is_of_classes(output: Any) -> bool:

@@ -22,7 +22,7 @@ class TrialRow:
         method: "unpatched", or one of `MergeConfig`.
         keep_rate: the keep rate asked for; None for the unpatched model, and for a setting that is not one number. Rows
             of one keep rate, or of one setting, have equal GMACs.
-        gmacs: 1e9 multiply-adds per image.
+        gmacs: 1e9 multiply-adds per image; as the times, of `forward_features` where the tokens are what is compared.
         reduction: share of the unpatched model's multiply-adds that is saved.
         images_per_second: the unpatched model's, a median over all rounds, times `speed_up`; None where it was not
             measured, as in an interrupted trial.

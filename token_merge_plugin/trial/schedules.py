@@ -12,7 +12,7 @@ from functools import partial
 from itertools import pairwise
 from typing import TypeAlias
 
-from token_merge_plugin.config import rates_of_numbers
+from token_merge_plugin.config import at_twelfths, rates_of_numbers
 
 # Each block is tried alone at these, and a path goes through these and what lies between them.
 PROBES = (0.8, 0.6, 0.4)
@@ -46,8 +46,8 @@ def by_number(sections: Sequence[range]) -> list[Shape]:
     Late-heavy are those whose numbers of merged tokens grow with (block / depth)^2.
     """
     blocks = [block for section in sections for block in section]
-    at_twelfths = [sorted({blocks[len(blocks) * twelfth // 12] for twelfth in stages}) for stages in TWELFTHS]
-    equal = dict.fromkeys(map(tuple, (blocks, *at_twelfths)))
+    some = [[blocks[index] for index in at_twelfths(len(blocks), twelfths)] for twelfths in TWELFTHS]
+    equal = dict.fromkeys(map(tuple, (blocks, *some)))
     late_heavy = (blocks, blocks[1::2] or blocks)
     return [partial(numbers, sections, stages, power) for power, of in ((0, equal), (2, late_heavy)) for stages in of]
 

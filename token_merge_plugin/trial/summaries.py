@@ -72,7 +72,7 @@ def summary(model: nn.Module, image_size: tuple[int, int] | None = None) -> Summ
     channels, *own_size = input_size(model)
     parameter = next(model.parameters())
     image = torch.zeros(1, channels, *(image_size or own_size), dtype=parameter.dtype, device=device_of(model))
-    unpatched = remove(copy.deepcopy(model))
+    unpatched, use = remove(copy.deepcopy(model)), use_of(model, None)
     with torch.no_grad(), evaluating(model), evaluating(unpatched), recorded() as trace:
         check_images(unpatched, image)
         model(image)
@@ -82,8 +82,8 @@ def summary(model: nn.Module, image_size: tuple[int, int] | None = None) -> Summ
         config=plans[0].config,
         stages=dict(plans[0].schedule),
         tokens={block: state.merged.size.shape[1] for block, state in trace if state.merged is not None},
-        macs=count_macs(model, image, use_of(model, None)),
-        unpatched_macs=count_macs(unpatched, image, use_of(model, None)),
+        macs=count_macs(model, image, use),
+        unpatched_macs=count_macs(unpatched, image, use),
         restored=adapter.restores,
     )
     print(found)
