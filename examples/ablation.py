@@ -19,7 +19,7 @@ Debian package dataset-fashion-mnist), and the model is the built-in one or anot
     python examples/ablation.py --data /usr/share/datasets/fashion-mnist
     python examples/ablation.py --data ... --model lvvit --weights lvvit.safetensors --split train --skip 55000
 
-Every method gives back what a patch had of its own when the grid is restored, but for those that drop tokens.
+Every method restores the grid as the default does, but for those that drop tokens.
 """
 
 import argparse
@@ -62,6 +62,7 @@ from token_merge_plugin.method.merging import (
 )
 from token_merge_plugin.method.multiscale import fuse
 from token_merge_plugin.method.reduction import Reduced, Stage
+from token_merge_plugin.method.state import Pass
 from token_merge_plugin.patching import stage_choices
 from token_merge_plugin.trial.accuracy import SURE, paired_interval
 from token_merge_plugin.trial.budgets import Budget, scheduled
@@ -158,6 +159,12 @@ def agglomerate(stage: Stage, weight: Tensor) -> Assignment:
     return Assignment(crucial, rest, target)
 
 
+def own_updates(before: Tensor, after: Tensor, assignment: Assignment, real: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Give each token that went the updates of the token that holds it."""
+    sources = assignment.target.unsqueeze(2)
+    return sources, torch.ones_like(sources, dtype=before.dtype)
+
+
 @dataclass(frozen=True)
 class Variant:
     """The package's merge with a part of it exchanged; None for the package's own.
@@ -170,6 +177,7 @@ class Variant:
         tokens: [B, T, C], what is merged in the place of the tokens.
         rounds: of `assign`.
         offsets: give back what a patch had of its own.
+        neighbours: so many tokens besides its own tell what blocks would have added to a token that went.
         keep_norms: merged tokens are as long as those that they are made of.
     """
 
@@ -180,6 +188,7 @@ class Variant:
     tokens: TensorOf | None = None
     rounds: int = merging.ROUNDS
     offsets: bool = True
+    neighbours: int = merging.NEIGHBOURS
     keep_norms: bool = True
 
     def __call__(self, stage: Stage) -> Reduced:
@@ -254,7 +263,10 @@ def rows_for(model: nn.Module) -> list[Row]:
         variant("merge", "weighted by importance", by_importance=True),
         variant("merge", "means, shorter than what they are made of", keep_norms=False),
         option("merge", "no proportional attention", proportional_attention=False),
-        variant("restoring", "without offsets", offsets=False),
+        variant("restoring", "with the updates of its token alone", neighbours=0),
+        variant("restoring", "with those of two other tokens, too", neighbours=2),
+        variant("restoring", "with those of eight other tokens, too", neighbours=8),
+        variant("restoring", "without what was its own", offsets=False),
         option("multi-scale", "in the importance", multi_scale="importance"),
         option("multi-scale", "in what a merge loses", multi_scale="descriptors"),
         variant("multi-scale", "in the tokens, 0.1", tokens=neighbourhoods(0.1)),
@@ -308,8 +320,12 @@ def in_place(row: Row) -> Iterator[None]:
         if row.variant is not None:
             stack.enter_context(mock.patch.dict(reduction.METHODS, {"merge": row.variant}))
             stack.enter_context(mock.patch.object(merging, "ROUNDS", row.variant.rounds))
+            stack.enter_context(mock.patch.object(merging, "NEIGHBOURS", row.variant.neighbours))
+            if not row.variant.neighbours or not row.variant.offsets:
+                stack.enter_context(mock.patch.object(reduction, "interpolation", own_updates))
             if not row.variant.offsets:
-                stack.enter_context(mock.patch.object(reduction, "_offset", return_value=None))
+                nothing = property(lambda _: (), lambda *_: None)
+                stack.enter_context(mock.patch.object(Pass, "merges", nothing, create=True))
         yield
 
 

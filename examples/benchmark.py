@@ -39,7 +39,7 @@ from token_merge_plugin.trial.report import require_charts
 PARTS: dict[str, list[tuple[Any, str]]] = {
     "choosing": [(reduction, name) for name in ("_importance", "merge_cost", "assign", "bipartite", "keep_best")],
     "merging": [(reduction, "merge"), (reduction, "fuse_rest")],
-    "restoring": [(reduction, "_offset"), (Plan, "restore")],
+    "restoring": [(reduction, "interpolation"), (Plan, "restore")],
     "keeping the state": [(reduction, "follow"), (Pass, "log_size")],
 }
 

@@ -131,6 +131,7 @@ class Tokens:
         self.first = list(range(len(rows)))
         self.patches = len(rows)
         self.beyond = [np.zeros_like(row) for row in self.rows]  # what each patch has beyond its token
+        self.merges = []  # (rows before, rows after, groups, neighbours) of each merge that forgot nothing
 
     def sizes(self):
         return [float(len(held)) for held in self.holds]
@@ -142,6 +143,23 @@ class Tokens:
             for patch in held:
                 grid[patch] = row + self.beyond[patch]
         return np.array(grid)
+
+    def undone(self):
+        """Return the full grid as the last block gives it: patches that went have updates in between."""
+        rows = self.rows
+        for before, after, groups, nearest in reversed(self.merges):
+            updates = [row - was for row, was in zip(rows, after, strict=True)]
+            rows = [None] * len(before)
+            for own, group in enumerate(groups):
+                for i in group:
+                    update = updates[own]
+                    beyond = before[i] - after[own]
+                    ways = {j: after[j] - after[own] for j in nearest.get(i, [])}
+                    for j, way in ways.items():
+                        overlap = sum(abs(way @ other) for other in ways.values()) + 0.1 * beyond @ beyond
+                        update = update + way @ beyond / max(overlap, 1e-12) * (updates[j] - updates[own])
+                    rows[i] = before[i] + update
+        return np.array(rows)
 
 
 @torch.no_grad()
@@ -174,7 +192,8 @@ def run(model, image, options, num_prefix_tokens, num_class_tokens, grid_size):
         x = np.concatenate((prefix, tokens.rows))
         x = x + through(lambda y, block=block: block.ls2(block.mlp(block.norm2(y))), x)
         prefix, tokens.rows = x[: len(prefix)], list(x[len(prefix) :])
-        behind.append(np.concatenate((prefix, tokens.restored())))
+        last = index == len(model.blocks) - 1 and tokens.merges
+        behind.append(np.concatenate((prefix, tokens.undone() if last else tokens.restored())))
     return behind, close.least
 
 
@@ -229,6 +248,13 @@ def reduce(tokens, amount, options, seen, close):
         rows.append(row)
         holds.append([patch for i in group for patch in tokens.holds[i]])
         first.append(tokens.first[group[0]])
+    if method not in FORGETTING:
+        nearest = {}
+        for own, group in enumerate(groups):
+            for i in group[1:]:
+                far = {j: float(((tokens.rows[i] - rows[j]) ** 2).sum()) for j in range(len(rows)) if j != own}
+                nearest[i] = close.order(far, far.get, 4)[:4]
+        tokens.merges.append((tokens.rows, rows, groups, nearest))
     tokens.rows, tokens.holds, tokens.first = rows, holds, first
 
 

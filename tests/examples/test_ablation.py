@@ -36,10 +36,12 @@ def test_a_variant_is_in_place_only_for_its_row():
 
 @pytest.mark.parametrize("row", [row for row in ablation.rows_for(create_reference_model()) if row.variant])
 def test_every_variant_changes_the_output(row):
-    if not row.variant.offsets:
-        pytest.skip("the class token has no offset: see test_without_offsets_patches_have_nothing_of_their_own")
-    model = apply(create_reference_model(), 0.5)
-    assert not torch.allclose(outputs(model, row.variant), outputs(model), atol=1e-6)
+    model, x = apply(create_reference_model(), 0.5), load_images()[0][:4]
+    with torch.no_grad():
+        expected = model.forward_features(x)
+        with ablation.in_place(row):
+            assert not torch.allclose(model.forward_features(x), expected, atol=1e-6)
+        assert torch.equal(model.forward_features(x), expected)
 
 
 @pytest.mark.parametrize(
@@ -149,10 +151,10 @@ def test_errors_of_dense_models_are_by_photograph():
     assert f"| {result['patches']:.4f} | {result['class_token']:.4f} | {result['saliency']:.4f} | 1 |" in page
 
 
-def test_without_offsets_patches_have_nothing_of_their_own():
+def test_patches_have_nothing_of_their_own_without_it():
     model, x = apply(make(num_classes=0), 0.5), images()
     rows = {row.name: row for row in ablation.rows_for(model)}
-    with ablation.in_place(rows["without offsets"]), torch.no_grad():
+    with ablation.in_place(rows["without what was its own"]), torch.no_grad():
         tokens = model.forward_features(x)[0, 1:]
     assert len(tokens.unique(dim=0)) < len(tokens)
     with torch.no_grad():

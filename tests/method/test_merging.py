@@ -10,20 +10,26 @@ from torch.nn.functional import cosine_similarity as torch_cosine
 
 from token_merge_plugin.config import tokens_kept
 from token_merge_plugin.method.merging import (
+    NEIGHBOURS,
     PROHIBITIVE,
+    RIDGE,
     Assignment,
+    Undo,
     assign,
     cells,
     cosine_similarity,
     follow,
+    interpolation,
     join_windows,
     match,
     merge,
     merge_cost,
+    offset,
     pad_to_windows,
     restore,
     split,
     take,
+    undo,
     windows,
     without_diagonal,
 )
@@ -168,6 +174,85 @@ def test_merging_equal_tokens_and_restoring_changes_nothing(case, keep_norms):
     merged, _ = merge(x, size, assignment, keep_norms)
     token_map = follow(torch.arange(x.shape[1]).expand(len(x), -1), assignment)
     torch.testing.assert_close(restore(merged, token_map), x)
+
+
+def merged_and_noted(x, size, score, keep, real=None):
+    """The tokens behind a merge, and what it takes to undo it."""
+    assignment = by_score(x, score, keep)
+    merged, _ = merge(x, size, assignment, keep_norms=True)
+    token_map = torch.arange(x.shape[1]).expand(len(x), -1)
+    return merged, Undo(x, merged, assignment, token_map, *interpolation(x, merged, assignment, real))
+
+
+@given(cases())
+def test_undoing_a_merge_behind_no_block_changes_nothing(case):
+    x = case[0]
+    merged, noted = merged_and_noted(*case)
+    torch.testing.assert_close(undo(merged, noted), x)
+    holder = follow(noted.token_map, noted.assignment)
+    torch.testing.assert_close(offset(noted) + take(merged, holder), x)
+
+
+@given(cases())
+def test_tokens_that_stay_have_the_update_of_their_merged_token_and_others_one_in_between(case):
+    x = case[0]
+    merged, noted = merged_and_noted(*case)
+    update = torch.randn_like(merged)
+    found = undo(merged + update, noted) - x
+    crucial, rest, target = noted.assignment
+    for b in range(len(x)):
+        for k, i in enumerate(crucial[b]):
+            torch.testing.assert_close(found[b, i], update[b, k])
+        for i, own in zip(rest[b].tolist(), target[b].tolist(), strict=True):
+            beyond = x[b, i] - merged[b, own]
+            others = [k for k in range(merged.shape[1]) if k != own]
+            nearest = sorted(others, key=lambda k, i=i, b=b: (x[b, i] - merged[b, k]).norm())[:NEIGHBOURS]
+            ways = [merged[b, k] - merged[b, own] for k in nearest]
+            expected = update[b, own].clone()
+            for k, way in zip(nearest, ways, strict=True):
+                overlap = sum((way @ other).abs() for other in ways) + RIDGE * beyond @ beyond
+                expected += way @ beyond / overlap * (update[b, k] - update[b, own])
+            torch.testing.assert_close(found[b, i], expected)
+
+
+@given(cases(), st.floats(-3, 3))
+def test_where_all_tokens_get_the_same_update_all_patches_do(case, value):
+    merged, noted = merged_and_noted(*case)
+    torch.testing.assert_close(undo(merged + value, noted), case[0] + value)
+
+
+def test_an_update_that_is_linear_along_a_line_is_found_but_for_the_ridge():
+    x = torch.tensor([[[0.0], [1.0], [2.0], [30.0]]], dtype=torch.double)
+    assignment = Assignment(torch.tensor([[0, 3]]), torch.tensor([[1, 2]]), torch.tensor([[0, 0]]))
+    merged, _ = merge(x, torch.ones(1, 4), assignment)  # 1 and 30
+    noted = Undo(x, merged, assignment, torch.arange(4)[None], *interpolation(x, merged, assignment))
+    torch.testing.assert_close(undo(3 * merged, noted)[0, 1:, 0], 3 * x[0, 1:, 0], rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.half, torch.bfloat16, torch.float])
+def test_equal_tokens_and_large_ones_are_undone_without_nan(dtype):
+    x = torch.tensor([[[1.0, 2.0]] * 4 + [[3e4, -3e4], [1.0, 2.0]]], dtype=dtype)
+    assignment = Assignment(torch.tensor([[0, 1, 2]]), torch.tensor([[3, 4, 5]]), torch.tensor([[0, 0, 2]]))
+    merged = take(x, assignment.crucial)
+    sources, shares = interpolation(x, merged, assignment)
+    assert shares.isfinite().all()
+    assert shares.abs().max() <= 1 + NEIGHBOURS / (2 * RIDGE**0.5)
+    noted = Undo(x, merged, assignment, torch.arange(6)[None], sources, shares)
+    assert torch.equal(undo(merged, noted), x)
+    assert torch.equal(undo(2 * merged, noted), torch.cat((2 * x[:, :4], x[:, 4:5] + x[:, :1], 2 * x[:, 5:]), dim=1))
+
+
+@given(cases(), st.integers(0, 19))
+def test_padding_is_no_neighbour(case, number):
+    x, size, score, keep = case
+    real = torch.arange(x.shape[1]) >= min(number, x.shape[1])
+    real = real.expand(len(x), -1)
+    _, noted = merged_and_noted(x, size, score, keep, real)
+    crucial, rest, _ = noted.assignment
+    stays, went = real.gather(1, crucial), real.gather(1, rest)
+    for b in range(len(x)):
+        for i, (sources, shares) in enumerate(zip(noted.sources[b], noted.shares[b], strict=True)):
+            assert not any(s for k, s in list(zip(sources, shares, strict=True))[1:] if stays[b, k] != went[b, i])
 
 
 @given(cases())

@@ -27,7 +27,7 @@ from token_merge_plugin.adapters.registry import register_adapter as register_ad
 from token_merge_plugin.config import default_stages
 from token_merge_plugin.errors import PatchStateError, UnsupportedModelError
 from token_merge_plugin.method.attention import attention
-from token_merge_plugin.method.merging import join_windows, restore, take, windows
+from token_merge_plugin.method.merging import Undo, join_windows, restore, take, windows
 from token_merge_plugin.method.multiscale import MultiScaleFusion
 from token_merge_plugin.method.patches import take_representatives
 from token_merge_plugin.method.reduction import fuse_scales, merge_within, reduce_tokens
@@ -419,7 +419,7 @@ class PatchedBlock(Patched):
             x = state.take_tokens(x)
         unread = self._is_unread(state)
         if plan.checkpointing and torch.is_grad_enabled():
-            x, state.merged, state.offset = checkpoint(
+            x, state.merged, state.merges = checkpoint(
                 self._recompute, x, state.arguments(), *args, use_reentrant=False, **kwargs
             )
         else:
@@ -427,7 +427,7 @@ class PatchedBlock(Patched):
         state.block = block
         last = block == span.stop - 1
         if keep_grid or (last and not unread):
-            x = plan.restore(state, x)
+            x = plan.restore(state, x, last)
         if last:
             plan.install(None)
         return x
@@ -526,13 +526,13 @@ class PatchedBlock(Patched):
 
     def _recompute(
         self, x: Tensor, before: tuple, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Merged | None, Tensor | None]:
+    ) -> tuple[Tensor, Merged | None, tuple[Undo, ...]]:
         """Run the block from its arguments alone: in the backward pass, no other pass is under way."""
         plan = self._token_merge.plan
         state = Pass(*before)
         outer = plan.install(state)
         try:
-            return self._run(state, x, *args, **kwargs), state.merged, state.offset
+            return self._run(state, x, *args, **kwargs), state.merged, state.merges
         finally:
             plan.install(outer)
 

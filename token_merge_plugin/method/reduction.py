@@ -11,6 +11,7 @@ from token_merge_plugin.errors import ConfigError
 from token_merge_plugin.method.importance import evenly_spaced, query_row_attention, relative_importance
 from token_merge_plugin.method.merging import (
     Assignment,
+    Undo,
     assign,
     bipartite,
     bipartite_rounds,
@@ -20,6 +21,7 @@ from token_merge_plugin.method.merging import (
     drop,
     follow,
     fuse_rest,
+    interpolation,
     keep_best,
     merge,
     merge_cost,
@@ -99,7 +101,9 @@ def reduce_tokens(plan: Plan, state: Pass, x: Tensor, block: int) -> Tensor:
     stage = Stage(plan, state, block, image_tokens, before, evidence)
     tokens, size, assignment = METHODS[plan.config.method](stage)
     if state.reads_grid and plan.config.method not in DROPPING:
-        state.offset = _offset(state.offset, image_tokens, tokens, before.token_map, assignment)
+        with torch.no_grad():
+            sources, shares = interpolation(image_tokens, tokens, assignment, stage.real)
+        state.merges = (*state.merges, Undo(image_tokens, tokens, assignment, before.token_map, sources, shares))
     token_map = follow(before.token_map, assignment)
     state.merged = Merged(size, token_map, before.representative.gather(1, assignment.crucial))
     record(block, state)
@@ -115,21 +119,6 @@ def fuse_scales(state: Pass, x: Tensor, fusion: MultiScaleFusion) -> Tensor:
     if grid is None or grid[0] * grid[1] != state.num_patches:
         return x
     return torch.cat((x[:, :prefix], fusion(x[:, prefix:], grid)), dim=1)
-
-
-def _offset(offset: Tensor | None, before: Tensor, after: Tensor, token_map: Tensor, assignment: Assignment) -> Tensor:
-    """Return what each patch has beyond the token that holds it, so that the restored grid is as it was: [B, N, C].
-
-    Args:
-        offset: [B, N, C] or None, before the stage.
-        before: [B, T, C], the tokens that were merged.
-        after: [B, K, C], what became of them.
-        token_map: [B, N], into `before`.
-        assignment: of the T tokens.
-    """
-    position = torch.arange(before.shape[1], device=before.device).expand(before.shape[0], -1)
-    lost = take(before - restore(after, follow(position, assignment)), token_map)
-    return lost if offset is None else offset + lost
 
 
 def _merge(stage: Stage) -> Reduced:

@@ -18,7 +18,8 @@ from torch import Tensor
 from token_merge_plugin.config import DROPPING, Amount, MergeConfig
 from token_merge_plugin.errors import PatchStateError
 from token_merge_plugin.method.attention import additive_mask, causal_mask
-from token_merge_plugin.method.merging import restore
+from token_merge_plugin.method.merging import Undo, restore, undo
+from token_merge_plugin.method.merging import offset as patch_offset
 from token_merge_plugin.method.patches import (
     Merged,
     embedding_of_tokens,
@@ -57,7 +58,7 @@ class Pass:
         num_prefix_tokens: tokens in front of the image tokens.
         grid_size: (height, width) of the patch grid, or None where it is not known.
         merged: where the image tokens stand, or None before the first merge.
-        offset: [B, N, C], what each patch has beyond the token that holds it, or None.
+        merges: the merges so far, for whoever undoes them; none where nobody reads the grid.
         reads_grid: somebody reads the grid behind the last block, so a merge notes what it takes from the patches.
         block: the block that ran last.
         attended: the patched attention of the block that runs now was called.
@@ -70,7 +71,7 @@ class Pass:
         num_prefix_tokens: int,
         grid_size: tuple[int, int] | None = None,
         merged: Merged | None = None,
-        offset: Tensor | None = None,
+        merges: tuple[Undo, ...] = (),
         reads_grid: bool = False,
     ):
         self.num_patches = num_patches
@@ -78,7 +79,8 @@ class Pass:
         self.grid_size = grid_size
         self._merged = merged
         self._log_size: Tensor | None = None
-        self.offset = offset
+        self.merges = merges
+        self._offset: tuple[int, Tensor | None] = (0, None)  # of how many merges
         self.reads_grid = reads_grid
         self.block = -1
         self.attended = False
@@ -100,13 +102,22 @@ class Pass:
             self._log_size = torch.cat((size.new_zeros(size.shape[0], prefix), size.log()), dim=1)
         return self._log_size
 
+    def offset(self) -> Tensor | None:
+        """Return what each patch has beyond the token that holds it [B, N, C], or None if nothing is known of that."""
+        count, offset = self._offset
+        for merge in self.merges[count:]:
+            beyond = patch_offset(merge)
+            offset = beyond if offset is None else offset + beyond
+        self._offset = len(self.merges), offset
+        return offset
+
     def num_tokens(self) -> int:
         """Return how many tokens there are now, prefix tokens included."""
         return self.num_prefix_tokens + (self.num_patches if self.merged is None else self.merged.size.shape[1])
 
-    def arguments(self) -> tuple[int, int, tuple[int, int] | None, Merged | None, Tensor | None, bool]:
+    def arguments(self) -> tuple[int, int, tuple[int, int] | None, Merged | None, tuple[Undo, ...], bool]:
         """Return what makes another pass that stands where this one does."""
-        return self.num_patches, self.num_prefix_tokens, self.grid_size, self.merged, self.offset, self.reads_grid
+        return self.num_patches, self.num_prefix_tokens, self.grid_size, self.merged, self.merges, self.reads_grid
 
     def positions(self, embedding: Tensor | None) -> Tensor | None:
         """Return a position embedding of the patches as the image tokens have it now; see `patches`."""
@@ -141,8 +152,9 @@ class Pass:
         """Undo `Plan.restore`: take one patch of each token, [B, P + N, C] -> [B, P + K, C]."""
         if self.merged is None:
             return x
-        if self.offset is not None:
-            x = x - F.pad(self.offset, (0, 0, self.num_prefix_tokens, 0))
+        offset = self.offset()
+        if offset is not None:
+            x = x - F.pad(offset, (0, 0, self.num_prefix_tokens, 0))
         return take_representatives(x, self.num_prefix_tokens, self.merged)
 
 
@@ -332,14 +344,22 @@ class Plan:
         proportional = self.config.proportional_attention
         return fold_mask(mask, state.num_prefix_tokens, state.merged, proportional), proportional
 
-    def restore(self, state: Pass, x: Tensor) -> Tensor:
+    def restore(self, state: Pass, x: Tensor, last: bool = True) -> Tensor:
         """Put the image tokens of x [B, P + K, C] back on the full grid, with what was each patch's own.
+
+        Args:
+            last: no block takes the tokens from this grid again, so that each patch may get updates of its own, too.
 
         Returns:
             [B, P + N, C].
         """
-        x = self.on_patches(state, x)
-        return x if state.offset is None else x + F.pad(state.offset, (0, 0, state.num_prefix_tokens, 0))
+        if not last or not state.merges:
+            x, offset = self.on_patches(state, x), state.offset()
+            return x if offset is None else x + F.pad(offset, (0, 0, state.num_prefix_tokens, 0))
+        tokens = x[:, state.num_prefix_tokens :]
+        for merge in reversed(state.merges):
+            tokens = undo(tokens, merge)
+        return torch.cat((x[:, : state.num_prefix_tokens], tokens), dim=1)
 
     def on_patches(self, state: Pass, x: Tensor) -> Tensor:
         """Give each patch what the token has that holds it: [B, P + K, C] -> [B, P + N, C]."""

@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from token_merge_plugin.config import MergeConfig, tokens_kept
+from token_merge_plugin.method.merging import NEIGHBOURS
 from token_merge_plugin.method.reduction import SAMPLED_QUERIES
 from token_merge_plugin.patching import apply
 from token_merge_plugin.trial.measuring import Use, evaluating, forward
@@ -111,7 +112,8 @@ def vit_macs(
     With T tokens of C channels, prefix tokens included, a block costs T (4 C^2 + 2 r C^2) for its matrices and
     2 T^2 C for its attention. A stage compares N image tokens with each other (N^2 C), computes some rows of attention
     (T C each), and merges M of the tokens into K (K M C). Where a class token is read, the last block leaves out image
-    tokens behind its attention.
+    tokens behind its attention. Where none is, the grid is restored: that compares the M tokens with the K and n
+    neighbours of each with each other (M (K + n^2 + n) C), and mixes 1 + n updates for each (M (1 + n) C).
 
     Args:
         num_patches: image tokens at the input.
@@ -134,7 +136,11 @@ def vit_macs(
         keep = 0 if unread else tokens_kept(patches, schedule.get(block, 1.0))
         if keep < patches and not unread:
             queries = num_class_tokens + SAMPLED_QUERIES
-            macs += (patches**2 + keep * (patches - keep) + queries * tokens) * embed_dim
+            gone = patches - keep
+            macs += (patches**2 + keep * gone + queries * tokens) * embed_dim
+            if not num_class_tokens:
+                number = min(NEIGHBOURS, keep - 1)
+                macs += gone * (keep + number**2 + number + 1 + number) * embed_dim
         patches = keep
         macs += round(2 * mlp_ratio * (num_prefix_tokens + patches) * embed_dim**2)
     return macs

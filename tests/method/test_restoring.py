@@ -1,4 +1,4 @@
-"""Offsets: what a patch had beyond its merged token is given back where the grid is restored, and somebody reads it."""
+"""Restoring: where somebody reads the grid, patches get back what was their own, and updates in between."""
 
 from unittest import mock
 
@@ -13,6 +13,7 @@ from timm.models.vision_transformer import VisionTransformer
 from token_merge_plugin import apply
 from token_merge_plugin.config import MergeConfig
 from token_merge_plugin.method import reduction
+from token_merge_plugin.method.merging import interpolation
 from token_merge_plugin.method.state import Evidence, Pass, Plan
 
 
@@ -46,37 +47,37 @@ def test_a_merge_leaves_the_restored_grid_as_it_is(batch, patches, rate, method)
     ],
 )
 @torch.no_grad()
-def test_a_head_that_reads_the_class_token_alone_does_not_pay_for_offsets(kind, changes, read):
+def test_a_head_that_reads_the_class_token_alone_does_not_pay_for_restoring(kind, changes, read):
     model, x = apply(make(kind, **changes), 0.6), images(kind)
-    with mock.patch.object(reduction, "_offset", wraps=reduction._offset) as offset:
+    with mock.patch.object(reduction, "interpolation", wraps=interpolation) as noted:
         model(x)
-        assert offset.called is read
+        assert noted.called is read
         model.forward_features(x)
-        assert offset.called
+        assert noted.called
 
 
 @torch.no_grad()
 def test_whether_the_head_reads_the_grid_is_seen_when_it_is_called():
     model, x = apply(make("ViT"), 0.6), images()
-    with mock.patch.object(reduction, "_offset", wraps=reduction._offset) as offset:
+    with mock.patch.object(reduction, "interpolation", wraps=interpolation) as noted:
         model(x)
         model.reset_classifier(3, "avg")
-        assert not offset.called
+        assert not noted.called
         model(x)
-        assert offset.called
+        assert noted.called
 
 
 @pytest.mark.parametrize("method", ["prune", "random", "ppt"])
 @torch.no_grad()
 def test_what_is_dropped_is_not_given_back(method):
     model, x = apply(make("ViT"), 0.6, method=method), images()
-    with mock.patch.object(reduction, "_offset", side_effect=AssertionError):
+    with mock.patch.object(reduction, "interpolation", side_effect=AssertionError):
         model.forward_features(x)
 
 
 @pytest.mark.parametrize("fused", [True, False])
 @pytest.mark.parametrize("options", [{}, {"multi_scale": "learned"}])
-def test_gradients_through_offsets_are_the_same_with_checkpointing(fused, options):
+def test_gradients_through_what_is_restored_are_the_same_with_checkpointing(fused, options):
     model = apply(make("ViT, average", num_classes=0).train(), 0.5, **options)
     set_fused_attention(model, fused)
     x = images()
