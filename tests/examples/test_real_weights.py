@@ -341,3 +341,26 @@ def test_weights_that_were_not_written_are_asked_for(folder, tmp_path):
         real_weights.load_decoder(tmp_path)
     with pytest.raises(DataError, match=r"lacks 1 photographs, such as d\.png"):
         real_weights.photographs(folder, 64, 1, names=["a.jpg", "d.png"])
+
+
+def test_the_photographs_of_the_results_are_picked_out_of_unpacked_packages(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(real_weights, "PHOTOGRAPHS", {"one": ("data/a.jpg",), "two": ("b/c.png", "d.png")})
+    source, output = tmp_path / "unpacked", tmp_path / "photographs"
+    for name in ("usr/share/data/a.jpg", "usr/share/other/a.jpg", "lib/b/c.png", "lib/not-d.png"):
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        (source / name).write_bytes(name.encode())
+    command = ["--collect", str(source), "--output", str(output)]
+    assert real_weights.main(command) == 1
+    assert "lacks 1 of 3 photographs, such as d.png" in capsys.readouterr().err
+    assert not output.exists()
+    (source / "d.png").write_bytes(b"d")
+    assert real_weights.main(command) == 0
+    found = {path.relative_to(output).as_posix(): path.read_bytes() for path in output.rglob("*") if path.is_file()}
+    assert found == {"one/data/a.jpg": b"usr/share/data/a.jpg", "two/b/c.png": b"lib/b/c.png", "two/d.png": b"d"}
+    assert real_weights.main(["--collect", str(tmp_path / "none"), "--output", str(output)]) == 1
+    assert "There is no folder" in capsys.readouterr().err
+
+
+def test_no_photograph_is_named_twice():
+    names = [name for names in real_weights.PHOTOGRAPHS.values() for name in names]
+    assert len(set(names)) == len(names) == 92
