@@ -255,6 +255,19 @@ def test_padding_is_no_neighbour(case, number):
             assert not any(s for k, s in list(zip(sources, shares, strict=True))[1:] if stays[b, k] != went[b, i])
 
 
+@pytest.mark.parametrize("channels", [5, 64, 384])
+def test_rounding_does_not_decide_which_of_two_tokens_goes_that_are_nearest_to_each_other(channels):
+    x = 1000 + torch.randn(3, 80, channels)
+    weight = torch.rand(3, 80) + 0.5
+    cost = merge_cost(x, weight)
+    assert torch.equal(cost, cost.transpose(1, 2))
+    nearest = cost.argmin(dim=2)
+    _, rest, _ = assign(cost, 79 / 80)
+    for b in range(3):
+        (i,) = rest[b].tolist()
+        assert nearest[b, nearest[b, i]] == i < nearest[b, i]
+
+
 @given(cases())
 def test_the_cost_of_a_merge_is_what_it_adds_to_the_squared_error(case):
     x, size = case[:2]

@@ -70,10 +70,12 @@ def merge_cost(descriptors: Tensor, weight: Tensor) -> Tensor:
         centred = descriptors.float()
         centred = centred - centred.mean(dim=1, keepdim=True)  # smaller numbers lose less in their differences
         square = torch.linalg.vector_norm(centred, dim=2).square()
-        cost = torch.baddbmm(square.unsqueeze(1), centred, centred.transpose(1, 2), alpha=-2)
+        half = torch.baddbmm(square.unsqueeze(1), centred, centred.transpose(1, 2), alpha=-1)
+    # Of two tokens that are nearest to each other, rounding is not to decide which one goes.
+    cost = half + half.transpose(1, 2)
     # In place: matrices of all pairs are made and written as seldom as can be.
     inverse = weight.float().reciprocal()
-    cost.add_(square.unsqueeze(2)).clamp_(min=0).div_(inverse.unsqueeze(2) + inverse.unsqueeze(1))
+    cost.clamp_(min=0).div_(inverse.unsqueeze(2) + inverse.unsqueeze(1))
     return without_diagonal(cost)
 
 
@@ -109,7 +111,7 @@ def assign(cost: Tensor, keep_rate: float, real: Tensor | None = None) -> Assign
         cost = cost.masked_fill(real[:, :, None] != real[:, None, :], math.inf)
         quota = _quota(real, keep_rate)
         goes = real.sum(dim=1, keepdim=True) - quota
-    # Two tokens that are nearest to each other cost the same, but for rounding: the first of them is to be cheaper.
+    # Two tokens that are nearest to each other cost the same: the first of them is to be cheaper.
     tie = 1 + 1e-6 * torch.arange(tokens, dtype=torch.float32, device=cost.device)
     order = _order(cost, tie, real)
     for round_ in range(ROUNDS):
