@@ -33,7 +33,7 @@ CONTRACTS = (
     "test_an_image_does_not_depend_on_the_others_of_its_batch",
 )
 FAST = (
-    *(f"tests/method/test_{part}.py" for part in ("attention", "importance", "merging", "offsets")),
+    *(f"tests/method/test_{part}.py" for part in ("attention", "importance", "merging", "restoring")),
     "tests/test_config.py",
     *(f"tests/test_families.py::{test}" for test in CONTRACTS),
 )

@@ -39,3 +39,9 @@ def test_the_page_of_the_results_has_the_lowest_environment_without_a_failure():
     assert "naflexvit" in missing
     assert int(passed) > 300
     assert int(failed) == 0
+
+
+def test_the_fast_part_is_of_tests_that_there_are():
+    for name in versions.FAST:
+        path, _, test = name.partition("::")
+        assert f"def {test}(" in (REPOSITORY / path).read_text() if test else (REPOSITORY / path).is_file(), name
