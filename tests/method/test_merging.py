@@ -24,8 +24,8 @@ from token_merge_plugin.method.merging import (
     match,
     merge,
     merge_cost,
-    offset,
     pad_to_windows,
+    patch_offset,
     restore,
     split,
     take,
@@ -190,7 +190,7 @@ def test_undoing_a_merge_behind_no_block_changes_nothing(case):
     merged, noted = merged_and_noted(*case)
     torch.testing.assert_close(undo(merged, noted), x)
     holder = follow(noted.token_map, noted.assignment)
-    torch.testing.assert_close(offset(noted) + take(merged, holder), x)
+    torch.testing.assert_close(patch_offset(noted) + take(merged, holder), x)
 
 
 @given(cases())

@@ -488,7 +488,7 @@ def undo(tokens: Tensor, done: Undo) -> Tensor:
     return done.before + take(torch.cat((update, mixed), dim=1), place)
 
 
-def offset(done: Undo) -> Tensor:
+def patch_offset(done: Undo) -> Tensor:
     """Return what each patch has beyond the merged token that holds it: [B, N, C]."""
     position = torch.arange(done.before.shape[1], device=done.before.device).expand(done.before.shape[0], -1)
     holder = follow(position, done.assignment)

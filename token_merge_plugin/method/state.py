@@ -18,8 +18,7 @@ from torch import Tensor
 from token_merge_plugin.config import DROPPING, Amount, MergeConfig
 from token_merge_plugin.errors import PatchStateError
 from token_merge_plugin.method.attention import additive_mask, causal_mask
-from token_merge_plugin.method.merging import Undo, restore, undo
-from token_merge_plugin.method.merging import offset as patch_offset
+from token_merge_plugin.method.merging import Undo, patch_offset, restore, undo
 from token_merge_plugin.method.patches import (
     Merged,
     embedding_of_tokens,

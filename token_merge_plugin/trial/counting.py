@@ -113,7 +113,7 @@ def vit_macs(
     2 T^2 C for its attention. A stage compares N image tokens with each other (N^2 C), computes some rows of attention
     (T C each), and merges M of the tokens into K (K M C). Where a class token is read, the last block leaves out image
     tokens behind its attention. Where none is, the grid is restored: that compares the M tokens with the K and n
-    neighbours of each with each other (M (K + n^2 + n) C), and mixes 1 + n updates for each (M (1 + n) C).
+    neighbours of each with it and with each other, and mixes 1 + n updates for each (M (K + (1 + n)^2) C).
 
     Args:
         num_patches: image tokens at the input.
@@ -139,8 +139,7 @@ def vit_macs(
             gone = patches - keep
             macs += (patches**2 + keep * gone + queries * tokens) * embed_dim
             if not num_class_tokens:
-                number = min(NEIGHBOURS, keep - 1)
-                macs += gone * (keep + number**2 + number + 1 + number) * embed_dim
+                macs += gone * (keep + (1 + min(NEIGHBOURS, keep - 1)) ** 2) * embed_dim
         patches = keep
         macs += round(2 * mlp_ratio * (num_prefix_tokens + patches) * embed_dim**2)
     return macs
