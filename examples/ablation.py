@@ -53,6 +53,7 @@ from token_merge_plugin.method.merging import (
     Assignment,
     assign,
     cosine_similarity,
+    interpolation,
     merge,
     merge_cost,
     restore,
@@ -160,9 +161,16 @@ def agglomerate(stage: Stage, weight: Tensor) -> Assignment:
 
 
 def own_updates(before: Tensor, after: Tensor, assignment: Assignment, real: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Give each token that went the updates of the token that holds it."""
+    """Give each token the updates of the token that holds it."""
     sources = assignment.target.unsqueeze(2)
-    return sources, torch.ones_like(sources, dtype=before.dtype)
+    return sources, before.new_ones(*assignment.target.shape, 2, 1)
+
+
+def for_those_that_went(*args: Any) -> tuple[Tensor, Tensor]:
+    """Give updates in between to the tokens that went alone."""
+    sources, shares = interpolation(*args)
+    own = F.one_hot(torch.zeros_like(sources[:, :, 0]), sources.shape[2])
+    return sources, torch.stack((shares[:, :, 0], own.to(shares.dtype)), dim=2)
 
 
 @dataclass(frozen=True)
@@ -177,7 +185,8 @@ class Variant:
         tokens: [B, T, C], what is merged in the place of the tokens.
         rounds: of `assign`.
         offsets: give back what a patch had of its own.
-        neighbours: so many tokens besides its own tell what blocks would have added to a token that went.
+        neighbours: so many tokens besides its own tell what blocks would have added to a token that was merged.
+        stayed: that is asked for the tokens that stayed, too.
         keep_norms: merged tokens are as long as those that they are made of.
     """
 
@@ -189,6 +198,7 @@ class Variant:
     rounds: int = merging.ROUNDS
     offsets: bool = True
     neighbours: int = merging.NEIGHBOURS
+    stayed: bool = True
     keep_norms: bool = True
 
     def __call__(self, stage: Stage) -> Reduced:
@@ -201,7 +211,8 @@ class Variant:
             else:
                 descriptors = reduction._descriptors(stage)
                 cost = merge_cost(descriptors, weight) if self.cost is None else self.cost(stage, weight)
-                assignment = assign(cost, stage.amount, stage.real)
+                neighbours = self.neighbours if stage.state.reads_grid else 0
+                assignment = assign(cost, stage.amount, stage.real, neighbours)
         tokens = stage.tokens if self.tokens is None else self.tokens(stage)
         # `merge` divides by 1 at least, and only the proportions of what it is given matter.
         merged_tokens, _ = merge(tokens, 1e6 * weight if self.by_importance else size, assignment, self.keep_norms)
@@ -264,8 +275,9 @@ def rows_for(model: nn.Module) -> list[Row]:
         variant("merge", "means, shorter than what they are made of", keep_norms=False),
         option("merge", "no proportional attention", proportional_attention=False),
         variant("restoring", "with the updates of its token alone", neighbours=0),
-        variant("restoring", "with those of two other tokens, too", neighbours=2),
-        variant("restoring", "with those of eight other tokens, too", neighbours=8),
+        variant("restoring", "with those of four other tokens, too", neighbours=4),
+        variant("restoring", "with those of twelve other tokens, too", neighbours=12),
+        variant("restoring", "with those of others for tokens that went alone", stayed=False),
         variant("restoring", "without what was its own", offsets=False),
         option("multi-scale", "in the importance", multi_scale="importance"),
         option("multi-scale", "in what a merge loses", multi_scale="descriptors"),
@@ -320,9 +332,10 @@ def in_place(row: Row) -> Iterator[None]:
         if row.variant is not None:
             stack.enter_context(mock.patch.dict(reduction.METHODS, {"merge": row.variant}))
             stack.enter_context(mock.patch.object(merging, "ROUNDS", row.variant.rounds))
-            stack.enter_context(mock.patch.object(merging, "NEIGHBOURS", row.variant.neighbours))
             if not row.variant.neighbours or not row.variant.offsets:
                 stack.enter_context(mock.patch.object(reduction, "interpolation", own_updates))
+            elif not row.variant.stayed:
+                stack.enter_context(mock.patch.object(reduction, "interpolation", for_those_that_went))
             if not row.variant.offsets:
                 nothing = property(lambda _: (), lambda *_: None)
                 stack.enter_context(mock.patch.object(Pass, "merges", nothing, create=True))

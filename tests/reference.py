@@ -145,21 +145,33 @@ class Tokens:
         return np.array(grid)
 
     def undone(self):
-        """Return the full grid as the last block gives it: patches that went have updates in between."""
+        """Return the full grid as the last block gives it: tokens that were merged have updates in between."""
         rows = self.rows
         for before, after, groups, nearest in reversed(self.merges):
             updates = [row - was for row, was in zip(rows, after, strict=True)]
             rows = [None] * len(before)
-            for own, group in enumerate(groups):
-                for i in group:
-                    update = updates[own]
-                    beyond = before[i] - after[own]
-                    ways = {j: after[j] - after[own] for j in nearest.get(i, [])}
-                    for j, way in ways.items():
-                        overlap = sum(abs(way @ other) for other in ways.values()) + 0.1 * beyond @ beyond
-                        update = update + way @ beyond / max(overlap, 1e-12) * (updates[j] - updates[own])
-                    rows[i] = before[i] + update
+            for own, (stayed, *gone) in enumerate(groups):
+                for i in (stayed, *gone):
+                    rows[i] = before[i] + updates[own]
+                    if gone:
+                        went = gone[0] if i == stayed else i
+                        beyond = {j: before[j] - after[own] for j in (stayed, went)}
+                        ways = np.array([after[j] - after[own] for j in nearest[went]])
+                        ridge = 0.1 * sum(way @ way for way in beyond.values())
+                        shares = self.steps(ways, beyond[i], ridge) if len(ways) else []
+                        for share, j in zip(shares, nearest[went], strict=True):
+                            rows[i] = rows[i] + share * (updates[j] - updates[own])
         return np.array(rows)
+
+    @staticmethod
+    def steps(ways, beyond, ridge):
+        """Go four steps from zero towards the shares of the ways that are closest to what is beyond."""
+        overlap = ways @ ways.T
+        shares = np.zeros(len(ways))
+        for _ in range(4):
+            slope = ways @ beyond - overlap @ shares
+            shares = shares + 1.5 * slope / np.maximum(np.abs(overlap).sum(axis=1) + ridge, 1e-12)
+        return shares
 
 
 @torch.no_grad()
@@ -252,8 +264,11 @@ def reduce(tokens, amount, options, seen, close):
         nearest = {}
         for own, group in enumerate(groups):
             for i in group[1:]:
-                far = {j: float(((tokens.rows[i] - rows[j]) ** 2).sum()) for j in range(len(rows)) if j != own}
-                nearest[i] = close.order(far, far.get, 4)[:4]
+                far = {j: float(((rows[own] - rows[j]) ** 2).sum()) for j in range(len(rows))}
+                if method == "merge":
+                    far = {j: seen["cost"][i][other[0]] for j, other in enumerate(groups)}
+                del far[own]
+                nearest[i] = close.order(far, far.get, 8)[:8]
         tokens.merges.append((tokens.rows, rows, groups, nearest))
     tokens.rows, tokens.holds, tokens.first = rows, holds, first
 
@@ -341,9 +356,12 @@ def by_cost(tokens, keep, options, seen, close):
         order = close.order(every, price.get, goes)
         going = set(order[:goes])
     groups = {i: [i] for i in every if i not in going}
-    for i in going:
+    for i in order[:goes]:
         nearest = close.order(groups, cost[i].__getitem__, 1)
         groups[nearest[0]].append(i)
+    for _, *gone in groups.values():
+        close.order(gone, price.get, 1)
+    seen["cost"] = cost
     return list(groups.values())
 
 
@@ -366,6 +384,8 @@ def halves(descriptors, keep, prefix, close):
     going = close.order(even, lambda i: best[i][0], len(normalised) - keep)[: len(normalised) - keep]
     for i in going:
         groups[best[i][1]].append(i)
+    for _, *gone in groups.values():
+        close.order(gone, lambda i: best[i][0], 1)
     return [[i] for i in even if i not in going] + list(groups.values())
 
 
@@ -374,7 +394,8 @@ def by_class_attention(tokens, keep, options, seen, close):
     received = attention(seen, range(seen["class tokens"]))
     groups, rest = favourites(received, keep, close)
     if options["method"] == "evit":
-        close.order(rest, lambda i: -received[i], 1)
+        for cut in (1, 2):
+            close.order(rest, lambda i: -received[i], cut)
         groups.append(rest)
     return groups
 

@@ -63,7 +63,7 @@ def test_merging_the_cheapest_pair_again_and_again_is_that_of_a_loop():
     x, weight = torch.randn(2, 9, 4), torch.rand(2, 9)
     plan = apply(create_reference_model(), {3: 0.5})._token_merge.plan
     stage = reduction.Stage(plan, None, 3, x, None, [])
-    crucial, rest, target = ablation.agglomerate(stage, weight)
+    crucial, rest, target, _ = ablation.agglomerate(stage, weight)
     for b in range(2):
         groups = [{i} for i in range(9)]
 

@@ -23,10 +23,10 @@ from token_merge_plugin.config import tokens_kept
 ROUNDS = 3
 # More than any merge costs, and yet many times of it are a float.
 PROHIBITIVE = 1e30
-# So many tokens besides its own say how the updates of a token that went would differ. Relative error of a pretrained
-# ViT-S's patch tokens: without any 5 to 6 % more, with two or eight no less (examples/results/dense.md).
-NEIGHBOURS = 4
-# Keeps what is made of neighbours small where they lie closer to each other than to the token.
+# So many tokens besides the one that takes it say how the updates of a token would differ. What more of them give does
+# not pay for their time (examples/results/dense.md).
+NEIGHBOURS = 8
+# Keeps steps short where neighbours lie closer to the merged token than what is to be made of them.
 RIDGE = 0.1
 
 
@@ -37,11 +37,13 @@ class Assignment(NamedTuple):
         crucial: [B, K], indices of the tokens that stay, in their new order.
         rest: [B, M], indices of the others.
         target: [B, M], for each of `rest`, the position in `crucial` of the token that takes it; K if it is dropped.
+        neighbours: [B, M, n], for each of `rest`, the positions of those that would take it next; None if nobody asked.
     """
 
     crucial: Tensor
     rest: Tensor
     target: Tensor
+    neighbours: Tensor | None = None
 
 
 def take(tokens: Tensor, index: Tensor) -> Tensor:
@@ -90,7 +92,7 @@ def without_diagonal(cost: Tensor) -> Tensor:
     return cost.add_(torch.eye(cost.shape[1], dtype=torch.float32, device=cost.device), alpha=PROHIBITIVE)
 
 
-def assign(cost: Tensor, keep_rate: float, real: Tensor | None = None) -> Assignment:
+def assign(cost: Tensor, keep_rate: float, real: Tensor | None = None, neighbours: int = 0) -> Assignment:
     """Decide which tokens stay, and which of them takes each of the others.
 
     Dispensable is the token whose cheapest merge into a token that stays costs least; it goes into that token. Which
@@ -103,6 +105,7 @@ def assign(cost: Tensor, keep_rate: float, real: Tensor | None = None) -> Assign
         keep_rate: K = ceil(keep_rate * T) tokens stay.
         real: [B, T], false for padding; None where all tokens are real. An image then keeps that share of its own
             real tokens, however much padding there is, and padding fills the places that are left.
+        neighbours: of so many the assignment tells, or of all where there are fewer; 0 for none.
     """
     tokens = cost.shape[1]
     goes: Tensor | int = tokens - tokens_kept(tokens, keep_rate)
@@ -124,9 +127,10 @@ def assign(cost: Tensor, keep_rate: float, real: Tensor | None = None) -> Assign
         bar = (dear + PROHIBITIVE / 2).unsqueeze(2) - dear.unsqueeze(1)
         order = _order(bar.clamp_(min=cost), tie, real)
     if real is not None:
-        order = _with_padding(_inverse(order).masked_fill(~real, -1), quota, real).argsort(dim=1)
+        place = _inverse(order).masked_fill(~real, -1)
+        order = (_with_padding(place, quota, real) * tokens + place).argsort(dim=1)  # and then as before
     rest, stay = order[:, :number], order[:, number:].sort(dim=1).values
-    return Assignment(stay, rest, match(cost, stay, rest))
+    return Assignment(stay, rest, *match(cost, stay, rest, neighbours))
 
 
 def _order(cost: Tensor, tie: Tensor, real: Tensor | None) -> Tensor:
@@ -287,8 +291,8 @@ def cell_side(side: int) -> int:
     return min(divisors, key=lambda d: abs(d - 8)) if divisors else side
 
 
-def match(cost: Tensor, crucial: Tensor, rest: Tensor) -> Tensor:
-    """Return, for each of the rest, the position in `crucial` of the token into which it is merged: [B, M].
+def match(cost: Tensor, crucial: Tensor, rest: Tensor, neighbours: int = 0) -> tuple[Tensor, Tensor | None]:
+    """Return into which of the crucial tokens each of the rest is merged, and into which it would be next.
 
     That is where it costs least.
 
@@ -296,9 +300,21 @@ def match(cost: Tensor, crucial: Tensor, rest: Tensor) -> Tensor:
         cost: [B, T, T].
         crucial: [B, K], indices.
         rest: [B, M], indices.
+        neighbours: n, or K - 1 where that is less.
+
+    Returns:
+        positions in `crucial`, [B, M] and [B, M, n]; None in the place of the latter for n = 0.
     """
     rows = take(cost, rest)  # [B, M, T]
-    return rows.gather(2, crucial[:, None, :].expand(-1, rest.shape[1], -1)).argmin(dim=2)
+    rows = rows.gather(2, crucial[:, None, :].expand(-1, rest.shape[1], -1))
+    target = rows.argmin(dim=2)
+    return target, _nearest(rows, target, neighbours) if neighbours else None
+
+
+def _nearest(distance: Tensor, target: Tensor, number: int) -> Tensor:
+    """Return the positions of the least distances [B, M, K], that of the target [B, M] excepted: [B, M, n]."""
+    distance = distance.scatter(2, target.unsqueeze(2), math.inf)
+    return distance.topk(min(number, distance.shape[2] - 1), dim=2, largest=False).indices
 
 
 def merge(tokens: Tensor, size: Tensor, assignment: Assignment, keep_norms: bool = False) -> tuple[Tensor, Tensor]:
@@ -318,7 +334,7 @@ def merge(tokens: Tensor, size: Tensor, assignment: Assignment, keep_norms: bool
     Returns:
         tokens [B, K, C] and sizes [B, K], whose sum is that of the sizes given.
     """
-    crucial, rest, target = assignment
+    crucial, rest, target, _ = assignment
     batch, keep = crucial.shape
     # Of a token that is dropped, whose target is K, nothing is taken.
     taken = size.new_zeros(batch, keep + 1, rest.shape[1])
@@ -359,7 +375,7 @@ def fuse_rest(tokens: Tensor, size: Tensor, assignment: Assignment, attention: T
         tokens, size, assignment: as in `merge`; the assignment by `keep_best(..., fuse=True)`.
         attention: [B, T], of the class token; the fused token is the sum of the others, weighted with it.
     """
-    crucial, rest, _ = assignment
+    crucial, rest, *_ = assignment
     kept, fused = crucial[:, :-1], torch.cat((crucial[:, -1:], rest), dim=1)
     weight = attention.gather(1, fused)[:, None, :].to(tokens.dtype)
     fused_size = size.gather(1, fused).sum(dim=1, keepdim=True)
@@ -391,7 +407,7 @@ def follow(token_map: Tensor, assignment: Assignment) -> Tensor:
     Returns:
         [B, N], in [0, K], where K stands for patches whose token was dropped.
     """
-    crucial, rest, target = assignment
+    crucial, rest, target, _ = assignment
     keep = crucial.shape[1]
     position = torch.arange(keep, device=target.device).expand_as(crucial)
     moved = torch.cat((position, target), dim=1)
@@ -422,8 +438,9 @@ class Undo(NamedTuple):
         after: [B, K, C], what became of them.
         assignment: of the T tokens.
         token_map: [B, N], for each patch the index of the one of the T tokens that held it.
-        sources: [B, M, 1 + n], positions among the K tokens: for each of the rest its own, then its neighbours'.
-        shares: [B, M, 1 + n], how much of the updates of these it gets; their sum is 1.
+        sources: [B, M, 1 + n], positions among the K tokens: for each of the rest that which took it, then neighbours.
+        shares: [B, M, 2, 1 + n], how much of the updates of these it gets, and how much the token that took it; their
+            sums are 1.
     """
 
     before: Tensor
@@ -437,55 +454,71 @@ class Undo(NamedTuple):
 def interpolation(
     before: Tensor, after: Tensor, assignment: Assignment, real: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Say of which merged tokens' updates those of the tokens that went are made: `sources` and `shares` of an `Undo`.
+    """Say of which merged tokens' updates those of the tokens in them are made: `sources` and `shares` of an `Undo`.
 
     What blocks add to a token depends on where it lies, and for a small way about linearly: what a token has beyond
     its merged token is written as a sum of the ways from there to the nearest other tokens, as in locally linear
     embedding (Roweis and Saul 2000), and the updates differ by the same sum of their differences. In the place of the
-    equations' solution stands one step towards it, from zero, which is shorter the more the ways overlap.
+    equations' solution stand four steps towards it, from zero, which are the shorter the more the ways overlap.
 
     Args:
         before: [B, T, C], the tokens that were merged.
         after: [B, K, C], what became of them.
-        assignment: of the T tokens.
+        assignment: of the T tokens; where it does not tell neighbours, they are the nearest of the K.
         real: [B, T], false for padding, which is no neighbour of what is none; None where all tokens are real.
     """
-    crucial, rest, target = assignment
-    number = min(NEIGHBOURS, after.shape[1] - 1)
+    crucial, rest, target, index = assignment
     with _without_autocast(before):
         after = _wide(after)
-        centre = after.mean(dim=1, keepdim=True)  # smaller numbers lose less in their differences
-        gone, after = take(before, rest) - centre, after - centre
-        own = take(after, target)
-        # Squared distances, less the square of the token itself.
-        square = torch.linalg.vector_norm(after, dim=2).square()
-        distance = torch.baddbmm(square.unsqueeze(1), gone, after.transpose(1, 2), alpha=-2)
-        distance = distance.scatter(2, target.unsqueeze(2), PROHIBITIVE)
+        own = take(after, target).unsqueeze(2)
+        if index is None:
+            square = torch.linalg.vector_norm(after, dim=2).square().unsqueeze(1)
+            distance = torch.baddbmm(
+                square, own.squeeze(2), after.transpose(1, 2), alpha=-2
+            )  # squared, less a constant
+            if real is not None:
+                apart = real.gather(1, crucial).unsqueeze(1) != real.gather(1, rest).unsqueeze(2)
+                distance = distance.masked_fill(apart, math.inf)
+            index = _nearest(distance, target, NEIGHBOURS)
+        ways = take(after, index.flatten(1)).reshape(*index.shape, after.shape[2]) - own  # [B, M, n, C]
         if real is not None:
-            apart = real.gather(1, rest).unsqueeze(2) != real.gather(1, crucial).unsqueeze(1)
-            distance = distance.masked_fill(apart, PROHIBITIVE)
-        nearest, index = distance.topk(number, dim=2, largest=False)
-        ways = take(after, index.flatten(1)).reshape(*index.shape, after.shape[2]) - own.unsqueeze(2)  # [B, M, n, C]
-        if real is not None:
-            ways = ways.masked_fill((nearest >= PROHIBITIVE).unsqueeze(3), 0)
-        beyond = (gone - own).unsqueeze(3)  # [B, M, C, 1]
-        overlap = (ways @ ways.transpose(2, 3)).abs().sum(dim=3) + RIDGE * beyond.square().sum(dim=2)
-        shares = (ways @ beyond).squeeze(3) / overlap.clamp(min=1e-12)
-        shares = torch.cat((1 - shares.sum(dim=2, keepdim=True), shares), dim=2)
+            neighbours = real.gather(1, crucial.gather(1, index.flatten(1))).reshape(index.shape)
+            ways = ways.masked_fill((neighbours != real.gather(1, rest).unsqueeze(2)).unsqueeze(3), 0)
+        both = torch.stack((take(before, rest), take(before, crucial.gather(1, target))), dim=2)
+        beyond = _wide(both) - own  # [B, M, 2, C]
+        overlap = ways @ ways.transpose(2, 3)
+        ridge = RIDGE * beyond.square().sum(dim=(2, 3)).unsqueeze(2)
+        # From twice the inverse of the sum on, steps would not lead to the solution.
+        step = 1.5 / (overlap.abs().sum(dim=3) + ridge).clamp(min=1e-12)
+        shares = (ways @ beyond.transpose(2, 3)) * step.unsqueeze(3)  # [B, M, n, 2], the first step
+        left = torch.eye(step.shape[2], dtype=step.dtype, device=step.device) - overlap * step.unsqueeze(3)  # by a step
+        shares = shares + left @ shares
+        shares = shares + left @ (left @ shares)
+        shares = shares.transpose(2, 3)
+        shares = torch.cat((1 - shares.sum(dim=3, keepdim=True), shares), dim=3)
     return torch.cat((target.unsqueeze(2), index), dim=2), shares
 
 
 def undo(tokens: Tensor, done: Undo) -> Tensor:
     """Give what blocks made of merged tokens back to the tokens that were merged: [B, K, C] -> [B, T, C].
 
-    Each has what it had, and the update of the token that it stayed in; those that went have updates in between.
+    Each has what it had, and an update: of those that were merged one in between, of others their own.
     """
+    crucial, rest, target, _ = done.assignment
+    keep, gone = crucial.shape[1], rest.shape[1]
     update = tokens - done.after
+    if gone == 0:  # EViT may fuse a token with none
+        return done.before + take(update, _inverse(crucial))
     with _without_autocast(update):
         parts = take(update, done.sources.flatten(1)).reshape(*done.sources.shape, update.shape[2])
-        mixed = (done.shares.unsqueeze(2).to(update.dtype) @ parts).squeeze(2)
-    place = _inverse(torch.cat((done.assignment.crucial, done.assignment.rest), dim=1))
-    return done.before + take(torch.cat((update, mixed), dim=1), place)
+        mixed = done.shares.to(update.dtype) @ parts  # [B, M, 2, C]
+    position, merge = (torch.arange(n, device=tokens.device) for n in (keep, gone))
+    # Of a token that took several, the first says what it gets.
+    first = ((target.unsqueeze(1) == position.unsqueeze(1)) * (gone - merge)).amax(dim=2)  # [B, K], M less its place
+    stayed = torch.where(first > 0, keep + 2 * (gone - first) + 1, position)
+    went = (keep + 2 * merge).expand_as(rest)
+    place = torch.cat((stayed, went), dim=1).gather(1, _inverse(torch.cat((crucial, rest), dim=1)))
+    return done.before + take(torch.cat((update, mixed.flatten(1, 2)), dim=1), place)
 
 
 def patch_offset(done: Undo) -> Tensor:

@@ -10,6 +10,7 @@ from token_merge_plugin.config import DROPPING, Amount, tokens_kept
 from token_merge_plugin.errors import ConfigError
 from token_merge_plugin.method.importance import evenly_spaced, query_row_attention, relative_importance
 from token_merge_plugin.method.merging import (
+    NEIGHBOURS,
     Assignment,
     Undo,
     assign,
@@ -125,7 +126,8 @@ def _merge(stage: Stage) -> Reduced:
     """Merge the tokens with which the least is lost, weighed by their importance."""
     with torch.no_grad():
         weight = stage.before.size * _importance(stage)
-        assignment = assign(merge_cost(_descriptors(stage), weight), stage.amount, stage.real)
+        neighbours = NEIGHBOURS if stage.state.reads_grid else 0
+        assignment = assign(merge_cost(_descriptors(stage), weight), stage.amount, stage.real, neighbours)
     return *merge(stage.tokens, stage.before.size, assignment, keep_norms=True), assignment
 
 
@@ -165,7 +167,7 @@ def _ppt(stage: Stage) -> Reduced:
         score = score / score.sum(dim=1, keepdim=True)
         prune = keep_best(score, stage.amount)
         apart = score.var(dim=1, keepdim=True) > PPT_THRESHOLD
-        assignment = Assignment(*(torch.where(apart, *parts) for parts in zip(prune, pool, strict=True)))
+        assignment = Assignment(*(torch.where(apart, *parts) for parts in zip(prune[:3], pool[:3], strict=True)))
     return *merge(stage.tokens, stage.before.size, assignment), assignment  # a dropped token is merged into none
 
 

@@ -112,8 +112,9 @@ def vit_macs(
     With T tokens of C channels, prefix tokens included, a block costs T (4 C^2 + 2 r C^2) for its matrices and
     2 T^2 C for its attention. A stage compares N image tokens with each other (N^2 C), computes some rows of attention
     (T C each), and merges M of the tokens into K (K M C). Where a class token is read, the last block leaves out image
-    tokens behind its attention. Where none is, the grid is restored: that compares the M tokens with the K and n
-    neighbours of each with it and with each other, and mixes 1 + n updates for each (M (K + (1 + n)^2) C).
+    tokens behind its attention. Where none is, the grid is restored: for each of the M tokens, n neighbours are
+    compared with each other, with it and with the token that took it (M n (n + 2) C), equations solved in four steps
+    (6 M n^2), and 1 + n updates mixed for each of the two (2 M (1 + n) C).
 
     Args:
         num_patches: image tokens at the input.
@@ -139,7 +140,8 @@ def vit_macs(
             gone = patches - keep
             macs += (patches**2 + keep * gone + queries * tokens) * embed_dim
             if not num_class_tokens:
-                macs += gone * (keep + (1 + min(NEIGHBOURS, keep - 1)) ** 2) * embed_dim
+                near = min(NEIGHBOURS, keep - 1)
+                macs += gone * ((near * (near + 2) + 2 * (1 + near)) * embed_dim + 6 * near**2)
         patches = keep
         macs += round(2 * mlp_ratio * (num_prefix_tokens + patches) * embed_dim**2)
     return macs
