@@ -264,7 +264,7 @@ def reduce(tokens, amount, options, seen, close):
         nearest = {}
         for own, group in enumerate(groups):
             for i in group[1:]:
-                far = {j: float(((rows[own] - rows[j]) ** 2).sum()) for j in range(len(rows))}
+                far = {j: float(((tokens.rows[i] - rows[j]) ** 2).sum()) for j in range(len(rows))}
                 if method == "merge":
                     far = {j: seen["cost"][i][other[0]] for j, other in enumerate(groups)}
                 del far[own]

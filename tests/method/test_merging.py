@@ -208,7 +208,7 @@ def test_tokens_that_were_merged_have_updates_in_between_and_others_their_own(ca
     def in_between(b, k, i, pair):
         """The update of token i, one of the two that are merged token k: the first went, the other stayed."""
         others = [j for j in range(keep) if j != k]
-        far = [cost[b, pair[0], crucial[b][j]] if told else (merged[b, k] - merged[b, j]).norm() for j in range(keep)]
+        far = [cost[b, pair[0], crucial[b][j]] if told else (x[b, pair[0]] - merged[b, j]).norm() for j in range(keep)]
         nearest = sorted(others, key=far.__getitem__)[:NEIGHBOURS]
         ways = [merged[b, j] - merged[b, k] for j in nearest]
         ridge = RIDGE * sum((x[b, j] - merged[b, k]).square().sum() for j in pair)

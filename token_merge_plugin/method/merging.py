@@ -23,8 +23,9 @@ from token_merge_plugin.config import tokens_kept
 ROUNDS = 3
 # More than any merge costs, and yet many times of it are a float.
 PROHIBITIVE = 1e30
-# So many tokens besides the one that takes it say how the updates of a token would differ. What more of them give does
-# not pay for their time (examples/results/dense.md).
+# So many tokens besides the one that takes it say how the updates of a token would differ. Relative error of a
+# pretrained ViT-S's patch tokens: without any 8 to 12 % more, with four 1 to 2 %, with twelve no less
+# (examples/results/dense.md).
 NEIGHBOURS = 8
 # Keeps steps short where neighbours lie closer to the merged token than what is to be made of them.
 RIDGE = 0.1
@@ -464,7 +465,7 @@ def interpolation(
     Args:
         before: [B, T, C], the tokens that were merged.
         after: [B, K, C], what became of them.
-        assignment: of the T tokens; where it does not tell neighbours, they are the nearest of the K.
+        assignment: of the T tokens; where it does not tell neighbours, they are the nearest ones of the K.
         real: [B, T], false for padding, which is no neighbour of what is none; None where all tokens are real.
     """
     crucial, rest, target, index = assignment
@@ -472,10 +473,9 @@ def interpolation(
         after = _wide(after)
         own = take(after, target).unsqueeze(2)
         if index is None:
+            # Squared distances, less the square of the token itself.
             square = torch.linalg.vector_norm(after, dim=2).square().unsqueeze(1)
-            distance = torch.baddbmm(
-                square, own.squeeze(2), after.transpose(1, 2), alpha=-2
-            )  # squared, less a constant
+            distance = torch.baddbmm(square, _wide(take(before, rest)), after.transpose(1, 2), alpha=-2)
             if real is not None:
                 apart = real.gather(1, crucial).unsqueeze(1) != real.gather(1, rest).unsqueeze(2)
                 distance = distance.masked_fill(apart, math.inf)
