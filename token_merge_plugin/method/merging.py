@@ -18,7 +18,7 @@ from torch import Tensor
 
 from token_merge_plugin.config import tokens_kept
 
-# So often `assign` looks for the tokens that go. Two rounds lose 2 to 3 % (relative error of a pretrained ViT-S:
+# So often `assign` looks for the tokens that go. Two rounds lose 2 to 4 % (relative error of a pretrained ViT-S:
 # examples/results/dense.md), and a fourth changes next to nothing.
 ROUNDS = 3
 # More than any merge costs, and yet many times of it are a float.
