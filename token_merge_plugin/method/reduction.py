@@ -93,7 +93,7 @@ def reduce_tokens(plan: Plan, state: Pass, x: Tensor, block: int) -> Tensor:
         [B, P + K, C].
     """
     prefix = state.num_prefix_tokens
-    image_tokens = x[:, prefix:]
+    image_tokens = x[:, prefix:].contiguous()  # once, for all that take of them
     evidence, state.evidence = state.evidence, []
     if tokens_kept(image_tokens.shape[1], plan.schedule[block]) >= image_tokens.shape[1]:
         return x
