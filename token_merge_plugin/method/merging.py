@@ -490,11 +490,12 @@ def interpolation(
         both = torch.stack((take(before, rest), take(before, crucial.gather(1, target))), dim=2)
         beyond = _wide(both) - own  # [B, M, 2, C]
         overlap = ways @ ways.transpose(2, 3)
-        ridge = RIDGE * beyond.square().sum(dim=(2, 3)).unsqueeze(2)
-        # From twice the inverse of the sum on, steps would not lead to the solution.
-        step = 1.5 / (overlap.abs().sum(dim=3) + ridge).clamp(min=1e-12)
-        shares = (ways @ beyond.transpose(2, 3)) * step.unsqueeze(3)  # [B, M, n, 2], the first step
-        left = torch.eye(step.shape[2], dtype=step.dtype, device=step.device) - overlap * step.unsqueeze(3)  # by a step
+        ridge = RIDGE * beyond.square().sum(dim=(2, 3), keepdim=True)
+        # Steps of twice the inverse and more would not lead to the solution. Divided by, and not multiplied with the
+        # inverse: runtimes quantise what goes into products, and inverses are of too many sizes for that.
+        size = (overlap.abs().sum(dim=3, keepdim=True) + ridge).clamp(min=1e-12) / 1.5  # [B, M, n, 1]
+        shares = (ways @ beyond.transpose(2, 3)) / size  # [B, M, n, 2], the first step
+        left = torch.eye(index.shape[2], dtype=after.dtype, device=after.device) - overlap / size  # by a step
         shares = shares + left @ shares
         shares = shares + left @ (left @ shares)
         shares = shares.transpose(2, 3)
